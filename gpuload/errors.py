@@ -1,0 +1,70 @@
+"""What can go wrong, as one small tree. Every message says: expected, got, where, what to do.
+
+    GpuloadError
+    ├── ConfigError (ValueError)       an argument that cannot work, found before any row is read
+    ├── DeviceError (RuntimeError)     a device, decoder or package was asked for that this machine lacks
+    ├── ForkError (RuntimeError)       a forked process would use Lance, which cannot survive a fork
+    ├── StateError (ValueError)        a saved position that does not belong to this dataset
+    └── RowError (ValueError)          one row that cannot become tensors: .row, .column, .cause
+        ├── DecodeError                its image
+        └── TextError                  its text
+"""
+
+from __future__ import annotations
+
+
+class GpuloadError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(GpuloadError, ValueError):
+    """An argument that cannot work: unknown column, wrong type, contradicting options."""
+
+
+class DeviceError(GpuloadError, RuntimeError):
+    """The device, the decoder or a package that was asked for is not there."""
+
+
+class ForkError(GpuloadError, RuntimeError):
+    """Lance was in use when this process was forked; using it here would crash or hang."""
+
+
+class StateError(GpuloadError, ValueError):
+    """A saved state that does not fit this dataset. ``field``, ``saved`` and ``here`` say where they differ."""
+
+    def __init__(self, message: str, field: str = "", saved: object = None, here: object = None) -> None:
+        super().__init__(message)
+        self.field, self.saved, self.here = field, saved, here
+
+
+class RowError(GpuloadError, ValueError):
+    """One row that cannot become tensors.
+
+    Attributes
+    ----------
+    row : int
+        Position of the row in the dataset (after deletions, before any filter), -1 if unknown.
+    column : str
+    cause : str
+        What was expected and what was there.
+    """
+
+    def __init__(self, cause: str, row: int = -1, column: str = "", hint: str = "") -> None:
+        self.row, self.column, self.cause, self.hint = row, column, cause, hint
+        where = f" - at row {row}, column `{column}`." if column else ""
+        super().__init__(f"{cause}{where}{' ' + hint if hint else ''}")
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, int, str, str]]:
+        return type(self), (self.cause, self.row, self.column, self.hint)
+
+    def at(self, row: int, column: str, hint: str) -> RowError:
+        """The same error with its place: a decoder knows the bytes, only the dataset knows the row."""
+        return type(self)(self.cause, row, column, hint)
+
+
+class DecodeError(RowError):
+    """An image that cannot be decoded: null, empty, broken, unknown format, too large."""
+
+
+class TextError(RowError):
+    """A text that the tokenizer refused."""
