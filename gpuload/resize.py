@@ -1,0 +1,146 @@
+"""One shape: ragged uint8 pixels and a region of each enter, rows of one ``[N, C, H, W]`` tensor leave.
+
+Three implementations of one definition: `kernels/resize_normalize.cu` on CUDA; its CPU build
+(`kernels/resize_cpu.cpp`) where the package was installed with a compiler; and `resize_twin` in torch, which the
+other two are tested against and which works everywhere.
+
+The definition: Pillow's ``resize((W, H), BILINEAR, box=region)`` without the rounding in between. A triangle of
+half-width ``max(1, scale)`` source pixels, cut at the image's edge (not at the region's), its weights divided by
+their sum. Then the mirror, then ``value * scale + shift`` per channel; uint8 rounds to the nearest and clamps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpuload.decode import Ragged
+from gpuload.transforms import Image
+
+LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in 1/65536, as Pillow's convert("L")
+
+
+def resize_normalize(
+    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
+) -> None:
+    """Crop, orient, resize, mirror and normalise N images into `out`.
+
+    Parameters
+    ----------
+    ragged : Ragged
+        N images. One of height 0 leaves zeros in its row.
+    regions : f64[N, 4]
+        x0, y0, width, height in pixels of the oriented image, as `Image.regions` gives them.
+    flips : bool[N]
+        Mirror left and right.
+    image : Image
+        For its mode, dtype, mean and std; the size is that of `out`.
+    out : Tensor[N, C, H, W]
+        Written; on ``ragged.arena.device``, contiguous or channels-last, of dtype ``image.dtype``. May be a slice
+        of a batch: threads may fill disjoint slices at once.
+
+    Raises
+    ------
+    ValueError
+        The arguments do not fit each other.
+    """
+    _check(ragged, regions, flips, image, out)
+    resize_twin(ragged, regions, flips, image, out)
+
+
+def resize_twin(
+    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
+) -> None:
+    """`resize_normalize` in plain torch, float32, on any device: the definition that the kernels are tested against."""
+    (height, width), device = out.shape[2:], out.device
+    scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
+    for i in range(len(ragged)):
+        if not ragged.table["height"][i]:
+            out[i] = 0
+            continue
+        pixels = _oriented(ragged, i)  # u8[h, w, c]
+        x0, y0, w, h = (float(v) for v in regions[i])
+        top, down = _weights(y0, h, height, pixels.shape[0], device)
+        left, across = _weights(x0, w, width, pixels.shape[1], device)
+        seen = pixels[top : top + down.shape[1], left : left + across.shape[1]].movedim(2, 0).float()
+        if image.channels == 1 and len(seen) == 3:
+            seen = (seen * torch.tensor(LUMA, device=device).view(3, 1, 1)).sum(0, keepdim=True) / 65536
+        values = down @ seen @ across.T  # f32[c, H, W]
+        if flips[i]:
+            values = values.flip(2)
+        values = values * scale + shift  # one channel becomes three here
+        out[i] = (values + 0.5).floor().clamp(0, 255) if out.dtype == torch.uint8 else values
+
+
+def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
+    """Image i at its own size: oriented, mirrored, in the mode, dtype and normalisation of `image`.
+
+    Parameters
+    ----------
+    ragged : Ragged
+    i : int
+    flip : bool
+        Mirror left and right.
+    image : Image
+        ``mode="L"`` gives exactly the values of Pillow's ``convert("L")``.
+
+    Returns
+    -------
+    Tensor[C, h, w]
+        Contiguous, its own memory, on ``ragged.arena.device``; [C, 0, 0] where there is no image.
+    """
+    device = ragged.arena.device
+    if not ragged.table["height"][i]:
+        return torch.zeros((image.channels, 0, 0), dtype=image.dtype, device=device)
+    pixels = _oriented(ragged, i).movedim(2, 0)
+    if flip:
+        pixels = pixels.flip(2)
+    if image.channels == 1 and len(pixels) == 3:
+        luma = (pixels.int() * torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)).sum(0, keepdim=True)
+        pixels = (luma + 32768) >> 16
+    out = torch.empty((image.channels, *pixels.shape[1:]), dtype=image.dtype, device=device)
+    if image.dtype == torch.uint8:
+        return out.copy_(pixels)
+    scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
+    return out.copy_(pixels * scale + shift)
+
+
+def _check(
+    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
+) -> None:
+    n = len(ragged)
+    good = regions.shape == (n, 4) and flips.shape == (n,) and out.dim() == 4 and out.shape[:2] == (n, image.channels)
+    if not good or out.dtype != image.dtype or out.device != ragged.arena.device:
+        raise ValueError(
+            f"Expected regions [{n}, 4], flips [{n}] and out [{n}, {image.channels}, H, W] of {image.dtype} on "
+            f"{ragged.arena.device}, got {regions.shape}, {flips.shape}, {tuple(out.shape)} of {out.dtype} on "
+            f"{out.device}."
+        )
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
+
+
+def _oriented(ragged: Ragged, i: int) -> torch.Tensor:
+    """View or copy of image i as a person sees it, u8[h, w, c]: its EXIF orientation (1..8) applied."""
+    pixels, orientation = ragged.pixels(i), int(ragged.table["orientation"][i])
+    mirrored = [axis for axis, which in ((0, (3, 4, 6, 7)), (1, (2, 3, 7, 8))) if orientation in which]
+    if mirrored:
+        pixels = pixels.flip(mirrored)
+    return pixels.transpose(0, 1) if orientation >= 5 else pixels
+
+
+def _weights(start: float, extent: float, count: int, size: int, device: torch.device) -> tuple[int, torch.Tensor]:
+    """The filter along one axis: `count` outputs over source pixels [start, start + extent) of an axis of `size`.
+
+    Returns the first source pixel any output sees, and f32[count, pixels seen]; rows sum to 1.
+    """
+    scale = extent / count
+    support = max(1.0, scale)
+    centers = start + (np.arange(count) + 0.5) * scale
+    first = max(0, int(centers[0] - support + 0.5))
+    last = min(size, int(centers[-1] + support + 0.5))
+    at = np.arange(first, max(last, first + 1)) + 0.5
+    weights = np.clip(1 - np.abs(at - centers[:, None]) / support, 0, None)  # f64[count, pixels seen]
+    weights /= weights.sum(axis=1, keepdims=True)
+    return first, torch.from_numpy(weights.astype(np.float32)).to(device)
