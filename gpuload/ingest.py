@@ -1,0 +1,298 @@
+"""A folder of images becomes a Lance dataset: one row a file, its bytes as they are.
+
+Enter: a `Folder`. Leave: a dataset with the columns ``image``, ``label``, ``caption`` and ``path`` (label and caption
+where the folder has them), and a report of every file that did not become a row.
+
+    walk ─ File ─▶ 4 threads read, check the header ─ Row ─▶ RecordBatches of 64 MB ─▶ lance.write_dataset
+    (sorted)       (a disk wants several reads under way; the order is kept)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lance
+import pyarrow as pa
+
+from gpuload.errors import ConfigError
+from gpuload.folder import File, Folder, Row, read_ahead
+
+StorageVersion = Literal["2.0", "2.1", "2.2"]
+STORAGE_VERSION: StorageVersion = "2.2"  # the file format of new datasets, in this one place: Lance's own default
+BATCH_BYTES, BATCH_ROWS = 64 << 20, 8192  # of one write: what stays in memory, a few times over
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@dataclass
+class IngestReport:
+    """What became of the files: `rows` of them are rows, the rest is in `left_out`.
+
+    Attributes
+    ----------
+    rows, bytes : int
+        Rows written, and the size of their images.
+    classes : list of str
+        Names of the labels, in the order of their numbers; empty without a label column.
+    without_caption : int or None
+        Rows whose caption is null; None without a caption column.
+    left_out : list of (path, why)
+    unused_captions : list of (path, why)
+        Captions that belong to no file.
+    """
+
+    target: str
+    rows: int = 0
+    bytes: int = 0
+    classes: list[str] = field(default_factory=list)
+    without_caption: int | None = None
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unused_captions: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def ingest(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    captions: str | os.PathLike[str] | None = None,
+    labels: bool | None = None,
+    overwrite: bool = False,
+    append: bool = False,
+    num_threads: int = 4,
+    fragment_rows: int = 1 << 20,
+    fragment_bytes: int = 1 << 30,
+    data_storage_version: StorageVersion = STORAGE_VERSION,
+    progress: bool = True,
+) -> IngestReport:
+    """Write every image under `source` as a row of the Lance dataset `target`, in the sorted order of their paths.
+
+    Memory holds a few batches of 64 MB, the names of one folder and the captions of the tables, never all images.
+    Nothing is committed before the last file was read: a run that fails leaves an old dataset as it was, and no new
+    one. Names that start with a dot are not looked at.
+
+    Parameters
+    ----------
+    source : path
+        A folder, read with all its sub-folders.
+    target : path or URI
+    captions : path, optional
+        CSV, TSV or JSONL with a file column (``file_name``) and a caption column (``caption``, ``text`` or
+        ``prompt``). Names are relative to the folder of the table where that is inside `source`, else to `source`.
+        Without it every ``metadata.csv`` and ``metadata.jsonl`` inside `source` is one. An image that no table names
+        has the text file beside it as its caption: ``7.jpg``, ``7.txt``.
+    labels : bool, optional
+        Whether the sub-folders right under `source` are classes. None: if at least two of them hold files.
+    overwrite, append : bool
+        Write a new version in place of an existing dataset, or add rows to it. Without either it is refused.
+    num_threads : int
+        Reads under way at a time.
+    fragment_rows, fragment_bytes : int
+        A fragment is closed when it holds so many rows, or after the batch that brings it to so many bytes.
+    data_storage_version : str
+        Of a new dataset; one that is appended to keeps its own.
+    progress : bool
+        A bar on stderr.
+
+    Raises
+    ------
+    ConfigError
+        The folder, the captions or the target cannot work, or no file is an image.
+    """
+    began, uri = time.perf_counter(), os.fspath(target)
+    old = _existing(uri, overwrite, append)
+    folder = Folder(source, captions, labels, without=uri)
+    if old is not None and append:
+        _fit(folder, old, uri)
+    report = IngestReport(uri, classes=folder.classes, without_caption=0 if folder.captioned else None)
+    schema = image_schema(folder.classes or None, folder.captioned)
+    mode: Literal["create", "append", "overwrite"] = "create" if old is None else "append" if append else "overwrite"
+    with _bar(folder.files, progress) as advance, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow thinks of a header is not this user's affair
+        rows = _rows(folder, num_threads, report, advance)
+        what = f"images in {str(source)!r}"
+        write(rows, uri, schema, mode, fragment_rows, fragment_bytes, data_storage_version, expected=what)
+    report.unused_captions += [(path, "no such file") for path in folder.captions]
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def image_schema(classes: list[str] | None, captioned: bool) -> pa.Schema:
+    """The columns, described as ``datasets`` describes them, so that it and Lance's own loader decode them too.
+
+    An image is ``struct<bytes, path>``: a plain binary column loses its Image feature in ``datasets`` and is an
+    error in Lance's loader. A label is int64 because a ClassLabel is, and because a loss function takes that.
+    """
+    columns: list[tuple[str, pa.DataType, dict[str, Any]]] = [("image", _IMAGE, {"_type": "Image"})]
+    if classes is not None:
+        columns.append(("label", pa.int64(), {"names": classes, "_type": "ClassLabel"}))
+    if captioned:
+        columns.append(("caption", pa.string(), {"dtype": "string", "_type": "Value"}))
+    columns.append(("path", pa.string(), {"dtype": "string", "_type": "Value"}))
+    features = {"info": {"features": {name: feature for name, _, feature in columns}}}
+    fields = [pa.field(name, dtype) for name, dtype, _ in columns]
+    return pa.schema(fields, metadata={b"huggingface": json.dumps(features, ensure_ascii=False).encode()})
+
+
+def write(
+    rows: Iterable[Row],
+    uri: str,
+    schema: pa.Schema,
+    mode: Literal["create", "append", "overwrite"] = "create",
+    fragment_rows: int = 1 << 20,
+    fragment_bytes: int = 1 << 30,
+    data_storage_version: StorageVersion = STORAGE_VERSION,
+    expected: str = "rows",
+) -> None:
+    """Stream rows into a dataset, committed at the end. A failure takes away the folder that was made for it."""
+    claimed = mode == "create" and "://" not in uri
+    if claimed:
+        try:
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            Path(uri).mkdir(exist_ok=_is_empty(uri))
+        except OSError as error:
+            raise ConfigError(f"Expected a place for a new dataset, got {uri!r}: {error.strerror}.") from error
+    failure: list[Exception] = []
+    reader = pa.RecordBatchReader.from_batches(schema, _batches(rows, schema, expected, failure))
+    try:
+        lance.write_dataset(
+            reader,
+            uri,
+            mode=mode,
+            max_rows_per_file=fragment_rows,
+            max_bytes_per_file=fragment_bytes,
+            data_storage_version=None if mode == "append" else data_storage_version,
+        )
+    except BaseException as error:
+        if claimed:
+            shutil.rmtree(uri, ignore_errors=True)
+        if failure and isinstance(error, Exception):
+            raise failure[0] from None  # the cause, without Lance's wrapping
+        raise
+
+
+def _batches(
+    rows: Iterable[Row], schema: pa.Schema, expected: str, failure: list[Exception]
+) -> Iterator[pa.RecordBatch]:
+    """Rows gathered up to `BATCH_BYTES`. No row at all is an error: nobody means to write that."""
+    held: list[Row] = []
+    size, none = 0, True
+    try:
+        for row in rows:
+            held.append(row)
+            size, none = size + len(row.data), False
+            if size >= BATCH_BYTES or len(held) >= BATCH_ROWS:
+                yield _batch(held, schema)
+                held, size = [], 0
+        if none:
+            raise ConfigError(f"Expected {expected}, found none that can be read; nothing was written.")
+        if held:
+            yield _batch(held, schema)
+    except Exception as error:
+        failure.append(error)
+        raise
+
+
+def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
+    paths = pa.array([row.path for row in rows], pa.string())
+    images = pa.array([row.data for row in rows], pa.binary())
+    columns: dict[str, pa.Array[Any]] = {
+        "image": pa.StructArray.from_arrays([images, paths], fields=list(_IMAGE)),
+        "label": pa.array([row.label for row in rows], pa.int64()),
+        "caption": pa.array([row.caption for row in rows], pa.string()),
+        "path": paths,
+    }
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _rows(folder: Folder, num_threads: int, report: IngestReport, advance: Callable[[int], None]) -> Iterator[Row]:
+    """The rows in the folder's order; what cannot be one goes to the report."""
+    report.left_out += folder.left_out
+    report.unused_captions += folder.unused
+
+    def images() -> Iterator[File]:
+        for file in folder.walk():
+            if file.kind == "image":
+                yield file
+            elif file.kind == "text":
+                report.unused_captions.append((file.path, file.why))
+            elif file.kind == "odd":
+                report.left_out.append((file.path, file.why))
+
+    labels = {name: number for number, name in enumerate(folder.classes)}
+    for row in read_ahead(folder.root, images(), num_threads):
+        caption = folder.captions.pop(row.path, None)
+        if row.refused:
+            report.left_out.append((row.path, row.refused))
+        else:
+            row.caption = row.caption if caption is None else caption
+            row.label = labels.get(row.path.split("/")[0]) if "/" in row.path else None
+            report.rows, report.bytes = report.rows + 1, report.bytes + len(row.data)
+            if report.without_caption is not None:
+                report.without_caption += row.caption is None
+            yield row
+        advance(len(row.data))
+
+
+def _fit(folder: Folder, old: lance.LanceDataset, uri: str) -> None:
+    """Take the columns and class numbers of the dataset that rows are appended to, or say why they cannot fit."""
+    described = json.loads((old.schema.metadata or {}).get(b"huggingface", b"{}"))
+    known = described.get("info", {}).get("features", {}).get("label", {}).get("names", [])
+    new = [name for name in folder.classes if name not in known]
+    if new:
+        raise ConfigError(f"Expected the classes {known} of {uri!r}, got {new} in {str(folder.root)!r} as well.")
+    folder.classes, folder.captioned = known, folder.captioned or "caption" in old.schema.names
+    mine = image_schema(known or None, folder.captioned)
+    if [(f.name, f.type) for f in mine] != [(f.name, f.type) for f in old.schema]:
+        raise ConfigError(f"Expected the columns {old.schema.names} of {uri!r}, got {mine.names}; they must agree.")
+
+
+def _existing(uri: str, overwrite: bool, append: bool) -> lance.LanceDataset | None:
+    """The dataset at the target, if there is one; or why the target cannot be used."""
+    if overwrite and append:
+        raise ConfigError("Expected overwrite or append, got both.")
+    old = None
+    with suppress(ValueError, OSError):
+        old = lance.dataset(uri)
+    if old is not None:
+        if not (overwrite or append):
+            raise ConfigError(f"Expected a new place, got {uri!r}, which exists. Use --overwrite or --append.")
+        return old
+    if append:
+        raise ConfigError(f"Expected a Lance dataset to append to, got {uri!r}, which is none.")
+    if os.path.lexists(uri) and not _is_empty(uri):
+        raise ConfigError(f"Expected a Lance dataset or a new place, got {uri!r}, which is something else.")
+    return None
+
+
+def _is_empty(uri: str) -> bool:
+    return os.path.isdir(uri) and not os.listdir(uri)
+
+
+@contextmanager
+def _bar(files: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr: files, files/s, MB/s, time left. Yields what to call with each file's bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    began, read = time.perf_counter(), 0
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files  {task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=files, rate="")
+
+        def advance(size: int) -> None:
+            nonlocal read
+            read += size
+            seconds = time.perf_counter() - began
+            done = bar.tasks[0].completed + 1
+            bar.update(task, advance=1, rate=f"{done / seconds:,.0f} files/s  {read / seconds / 1e6:,.0f} MB/s")
+
+        yield advance
