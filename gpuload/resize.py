@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.decode import Ragged
 from gpuload.transforms import Image
 
@@ -46,7 +47,17 @@ def resize_normalize(
         The arguments do not fit each other.
     """
     _check(ragged, regions, flips, image, out)
-    resize_twin(ragged, regions, flips, image, out)
+    if out.is_cuda:
+        kernels.run_cuda(_rows(ragged, regions, flips), out, _affine(image))
+    elif (library := kernels.cpu_library()) is not None:
+        kernels.run_cpu(library, _rows(ragged, regions, flips), out, _affine(image))
+    else:
+        resize_twin(ragged, regions, flips, image, out)
+
+
+def cpu_implementation() -> str:
+    """What `resize_normalize` runs for CPU tensors: "compiled", or "torch" where no compiler was at hand."""
+    return "torch" if kernels.cpu_library() is None else "compiled"
 
 
 def resize_twin(
@@ -119,6 +130,23 @@ def _check(
         )
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
+
+
+def _rows(ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_]) -> NDArray[np.void]:
+    """The kernels' table, ROW[N]."""
+    rows = np.zeros(len(ragged), kernels.ROW)
+    rows["pixels"] = ragged.table["offset"] + ragged.arena.data_ptr()
+    for name in ("pitch", "height", "width", "channels", "orientation"):
+        rows[name] = ragged.table[name]
+    rows["region"], rows["flip"] = regions, flips
+    return rows
+
+
+def _affine(image: Image) -> NDArray[np.float32]:
+    """Scale of three channels, then shift of three channels; with one channel the others are unused."""
+    scale, shift = image.scale_shift()
+    unused = (0.0,) * (3 - image.channels)
+    return np.array(scale + unused + shift + unused, np.float32)
 
 
 def _oriented(ragged: Ragged, i: int) -> torch.Tensor:

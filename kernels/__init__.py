@@ -1,1 +1,148 @@
-"""The kernels: CUDA sources, their CPU build, and what compiles, loads and launches them."""
+"""The kernels: what compiles, loads and launches the sources in this folder. A table of `ROW` enters, `out` is filled.
+
+CuPy is imported at the first launch on a GPU, and only here; NVRTC compiles then, once per device, and CuPy keeps
+the binary on disk. The CPU library is built when the package is installed; without a compiler there is none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpuload.errors import DeviceError
+
+from . import flags
+
+ROW = np.dtype(  # struct Row of resize_normalize.cu
+    [
+        ("pixels", np.uint64),
+        ("pitch", np.int64),
+        ("region", np.float64, (4,)),
+        ("height", np.int32),
+        ("width", np.int32),
+        ("channels", np.int32),
+        ("orientation", np.int32),
+        ("flip", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+_NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
+_TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
+_FOLDER = Path(__file__).parent
+
+
+def source(name: str) -> str:
+    """Text of ``<name>.cu``."""
+    return (_FOLDER / f"{name}.cu").read_text()
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A library built from resize_cpu.cpp. Calls release the GIL and may run at the same time."""
+    library = ctypes.CDLL(str(path))
+    for name in ("gpuload_resize", "gpuload_resize_literal"):
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        getattr(library, name).argtypes = [pointer, pointer, ctypes.c_int64, *[number] * 5, pointer]
+    return library
+
+
+@cache
+def cpu_library() -> ctypes.CDLL | None:
+    """The CPU build that came with the installation, None if there is none."""
+    found = sorted(_FOLDER.glob("_resize*.so"))
+    return load(found[0]) if found else None
+
+
+def run_cpu(
+    library: ctypes.CDLL, rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32], literal: bool = False
+) -> None:
+    """Fill `out` on the calling thread.
+
+    Parameters
+    ----------
+    library : CDLL
+        From `cpu_library` or `load`.
+    rows : ROW[N]
+        Pixels at host addresses.
+    out : Tensor[N, C, H, W]
+        On the CPU, contiguous or channels-last, float32, float16, bfloat16 or uint8.
+    affine : f32[6]
+        Scale of three channels, shift of three channels.
+    literal : bool
+        Run the GPU's source block by block instead of the fast loops.
+
+    Raises
+    ------
+    MemoryError
+    """
+    n, channels, height, width = out.shape
+    function = library.gpuload_resize_literal if literal else library.gpuload_resize
+    last = not out.is_contiguous()
+    code = function(
+        rows.ctypes.data, out.data_ptr(), n, _NUMBERS[out.dtype], height, width, channels, last, affine.ctypes.data
+    )
+    if code:
+        raise MemoryError(f"Expected memory for the resize of {n} images, got none.")
+
+
+def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32]) -> None:
+    """Fill `out` on torch's current stream of its device; nothing here waits for the device.
+
+    Parameters are those of `run_cpu`, with pixels at addresses of the device. The table goes up through pinned
+    memory; both its copies belong to torch's allocators, which keep them until the stream has passed.
+    """
+    cp = _cupy()
+    n, channels, height, width = out.shape
+    if not out.numel():
+        return
+    across, down = -(-width // _TILE) * height, -(-height // _TILE) * width  # blocks of an upright, a turned image
+    grid = (max(across, down) if (rows["orientation"] >= 5).any() else across, min(n, 65535), 1)
+    plane = height * width
+    strides = (channels * plane, plane, width, 1)
+    if not out.is_contiguous():
+        strides = (channels * plane, 1, channels * width, channels)
+    index = out.device.index if out.device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(index)
+    table = torch.from_numpy(rows.view(np.uint8)).pin_memory().to(out.device, non_blocking=True)
+    arguments = (
+        np.uint64(table.data_ptr()),
+        np.uint64(out.data_ptr()),
+        np.int64(n),
+        *(np.int32(v) for v in (height, width, channels)),
+        *(np.int64(v) for v in strides),
+        *affine,
+    )
+    with cp.cuda.Device(index), cp.cuda.Stream.from_external(_Stream(stream)):
+        _kernel(f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
+
+
+class _Stream:
+    """A torch stream under the protocol that CuPy reads; torch has it itself only in newer releases."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
+@cache
+def _kernel(name: str) -> Any:
+    """cupy.RawKernel: compiles at its first call on each device."""
+    return _cupy().RawKernel(source("resize_normalize"), name, options=flags.NVRTC)
+
+
+@cache
+def _cupy() -> Any:
+    try:
+        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        line = f"pip install 'gpuload[cuda{(torch.version.cuda or '13').split('.')[0]}]'"
+        raise DeviceError(f"Expected CuPy to launch kernels on the GPU, got {error}. Do: {line}") from error
+    return cupy

@@ -1,0 +1,170 @@
+// The CPU build of resize_normalize.cu, with a plain C interface for ctypes (so callers hold no GIL). Two ways:
+//
+//   gpuload_resize          the product's CPU path. Same windows and weights, computed once per image; loops in an
+//                           order that suits a CPU: four output rows at a time, vertical pass over contiguous bytes,
+//                           horizontal pass on whole pixels. Compiled for AVX-512, AVX2 and the baseline, picked at
+//                           run time, so that a wheel is portable.
+//   gpuload_resize_literal  the kernel source itself, block by block: what the tests compare with the torch twin
+//                           where there is no GPU.
+//
+// Both take what the kernel takes; see the header of resize_normalize.cu. Returns 0, or 1 when out of memory.
+#include "cpu_shim.h"
+#include "resize_normalize.cu"
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MULTIVERSION 1
+#include <immintrin.h>
+#endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Shuffle __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Shuffle{__VA_ARGS__})
+#endif
+
+namespace {
+
+struct Axis {  // the filter along one axis, in output order; every output has `taps` weights, some of them 0
+  int count, taps, first, span;  // outputs; source pixels [first, first + span) are read
+  const int* lo;                 // [count]: first source pixel of each output
+  const float* weights;          // [count, taps]
+};
+
+struct Job {  // what is the same for every image
+  void* out;
+  int type, out_h, out_w, channels;
+  bool channels_last;
+  i64 plane;  // out_h * out_w
+  const float *scale, *shift;
+};
+
+struct Scratch {
+  float *lines, *quads, *buffer;
+};
+
+namespace baseline {
+#define LANES 4
+#include "resize_cpu_body.h"
+#undef LANES
+}  // namespace baseline
+#ifdef MULTIVERSION
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#define LANES 8
+#include "resize_cpu_body.h"
+#undef LANES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace avx512 {
+#define LANES 16
+#include "resize_cpu_body.h"
+#undef LANES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+typedef void Run(const Row&, bool, const Axis&, const Axis&, const Job&, const Scratch&, i64);
+
+Run* pick() {
+#ifdef MULTIVERSION
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+    return wide ? avx512::run : avx2::run;
+  }
+#endif
+  return baseline::run;
+}
+
+struct AxisBuffer {
+  std::vector<int> lo;
+  std::vector<float> weights;
+
+  Axis build(double start, double step, int count, int size, bool mirror) {
+    int taps = 1, first = size, end = 0;
+    lo.resize(count);
+    std::vector<Window>& w = windows;
+    w.resize(count);
+    for (int j = 0; j < count; ++j) {
+      w[j] = window(start, step, mirror ? count - 1 - j : j, size);
+      taps = std::max(taps, w[j].hi - w[j].lo);
+      first = std::min(first, w[j].lo);
+      end = std::max(end, w[j].hi);
+    }
+    weights.assign((size_t)count * taps, 0.0f);
+    for (int j = 0; j < count; ++j) {
+      const int n = w[j].hi - w[j].lo;
+      lo[j] = std::min(w[j].lo, end - taps);  // the padding must not reach beyond what is read
+      float *to = &weights[(size_t)j * taps + (w[j].lo - lo[j])], total = 0;
+      for (int k = 0; k < n; ++k) total += to[k] = triangle((k - w[j].center) * w[j].inv);
+      for (int k = 0; k < n && total > 0; ++k) to[k] /= total;
+    }
+    return Axis{count, taps, first, end - first, lo.data(), weights.data()};
+  }
+
+ private:
+  std::vector<Window> windows;
+};
+
+void resize_all(const Row* rows, i64 count, const Job& job) {
+  static Run* const run = pick();
+  const i64 size = job.channels * job.plane, wide = std::max(job.out_h, job.out_w);
+  const int bytes = job.type == 0 ? 4 : job.type == 3 ? 1 : 2;
+  AxisBuffer ub, vb;
+  std::vector<float> lines, quads, buffer(3 * (wide + 4) + 4);
+  for (i64 n = 0; n < count; ++n) {
+    const Row& r = rows[n];
+    if (r.height <= 0) {
+      std::memset((char*)job.out + n * size * bytes, 0, size * bytes);
+      continue;
+    }
+    const Frame f = stored_frame(r, job.out_h, job.out_w);
+    const Axis u = ub.build(f.u, f.du, f.cols, r.width, f.mirror_u);
+    const Axis v = vb.build(f.v, f.dv, f.rows, r.height, f.mirror_v);
+    const size_t line = 4 * ((size_t)u.span * r.channels + 4);
+    const size_t quad = 4 * (f.turned ? (size_t)u.count * ((v.count + 3) / 4 * 4) : 4 * (size_t)u.count) + 16;
+    if (lines.size() < line) lines.resize(line);
+    if (quads.size() < quad + 4) quads.resize(quad + 4);
+    float* aligned = (float*)(((size_t)quads.data() + 15) / 16 * 16);
+    run(r, f.turned, u, v, job, Scratch{lines.data(), aligned, buffer.data()}, n * size);
+  }
+}
+
+}  // namespace
+
+extern "C" int gpuload_resize(const Row* rows, void* out, i64 count, int type, int out_h, int out_w, int channels,
+                              int channels_last, const float* scale_shift) {
+  const Job job{out, type, out_h, out_w, channels, channels_last != 0, (i64)out_h * out_w, scale_shift, scale_shift + 3};
+  try {
+    resize_all(rows, count, job);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+extern "C" int gpuload_resize_literal(const Row* rows, void* out, i64 count, int type, int out_h, int out_w,
+                                      int channels, int channels_last, const float* s) {
+  const i64 sc = channels_last ? 1 : (i64)out_h * out_w, sx = channels_last ? channels : 1;
+  const i64 sy = sx * out_w, sn = (i64)channels * out_h * out_w;
+  const auto tiles = [](int n) { return (n + TILE - 1) / TILE; };
+  gridDim = {(unsigned)std::max(out_h * tiles(out_w), out_w * tiles(out_h)), (unsigned)std::min<i64>(count, 3), 1};
+  for (unsigned y = 0; y < gridDim.y; ++y)
+    for (unsigned x = 0; x < gridDim.x; ++x) {
+      blockIdx = {x, y, 0};
+#define LAUNCH(name, T) \
+  name(rows, (T*)out, count, out_h, out_w, channels, sn, sc, sy, sx, s[0], s[1], s[2], s[3], s[4], s[5])
+      if (type == 0) LAUNCH(resize_normalize_f32, float);
+      if (type == 1) LAUNCH(resize_normalize_f16, Half);
+      if (type == 2) LAUNCH(resize_normalize_bf16, Bfloat);
+      if (type == 3) LAUNCH(resize_normalize_u8, unsigned char);
+    }
+  return 0;
+}

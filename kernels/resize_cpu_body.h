@@ -1,0 +1,168 @@
+// The fast CPU loops of resize_normalize, compiled once per instruction set: resize_cpu.cpp includes this file inside
+// a namespace after setting the target, and picks one at run time. No standard library here, so that no inline
+// function compiled for a newer CPU can be linked into the portable code.
+
+typedef float f4 __attribute__((vector_size(16), may_alias));
+typedef float f4u __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float fv __attribute__((vector_size(4 * LANES)));
+typedef float fvu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int iv __attribute__((vector_size(4 * LANES)));
+typedef unsigned char bv __attribute__((vector_size(LANES)));
+typedef unsigned char bvu __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+static inline fv load_bytes(const unsigned char* p) {
+  const bv b = *(const bvu*)p;
+  return __builtin_convertvector(__builtin_convertvector(b, iv), fv);
+}
+
+// line[i] (+)= sum over K rows of w[k] * p[k * pitch + i], for n bytes i.
+template <int K, bool ADD>
+static void blend(const unsigned char* p, i64 pitch, const float* w, float* line, i64 n) {
+  i64 i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    fv sum = w[0] * load_bytes(p + i);
+    for (int k = 1; k < K; ++k) sum += w[k] * load_bytes(p + k * pitch + i);
+    if (ADD) sum += *(const fvu*)(line + i);
+    *(fvu*)(line + i) = sum;
+  }
+  for (; i < n; ++i) {
+    float sum = w[0] * p[i];
+    for (int k = 1; k < K; ++k) sum += w[k] * p[k * pitch + i];
+    line[i] = ADD ? line[i] + sum : sum;
+  }
+}
+
+// The vertical pass of one output row: `taps` source rows from p.
+static void vertical(const unsigned char* p, i64 pitch, const float* w, int taps, float* line, i64 n) {
+  switch (taps) {
+    case 1: return blend<1, false>(p, pitch, w, line, n);
+    case 2: return blend<2, false>(p, pitch, w, line, n);
+    case 3: return blend<3, false>(p, pitch, w, line, n);
+    case 5: return blend<5, false>(p, pitch, w, line, n);
+  }
+  blend<4, false>(p, pitch, w, line, n);
+  int k = 4;
+  for (; k + 4 <= taps; k += 4) blend<4, true>(p + k * pitch, pitch, w + k, line, n);
+  p += k * pitch, w += k;
+  if (taps - k == 1) blend<1, true>(p, pitch, w, line, n);
+  if (taps - k == 2) blend<2, true>(p, pitch, w, line, n);
+  if (taps - k == 3) blend<3, true>(p, pitch, w, line, n);
+}
+
+// The horizontal pass of four lines at once: quad (r, j) = sum of w * the pixel's channels; the lanes beyond the
+// channels are not used. Loads four floats where a pixel has three (or one): lines are padded for that.
+template <int TAPS>
+static void horizontal(const float* lines, i64 pitch, const Axis& u, int planes, f4* quads, i64 along, i64 across) {
+  const int taps = TAPS ? TAPS : u.taps;
+  for (int j = 0; j < u.count; ++j) {
+    const float *w = u.weights + (i64)j * taps, *p = lines + (i64)(u.lo[j] - u.first) * planes;
+    f4 a = {0, 0, 0, 0}, b = a, c = a, d = a;
+    for (int k = 0; k < taps; ++k, p += planes) {
+      a += w[k] * *(const f4u*)p;
+      b += w[k] * *(const f4u*)(p + pitch);
+      c += w[k] * *(const f4u*)(p + 2 * pitch);
+      d += w[k] * *(const f4u*)(p + 3 * pitch);
+    }
+    f4* q = quads + j * along;
+    q[0] = a, q[across] = b, q[2 * across] = c, q[3 * across] = d;
+  }
+}
+
+static void horizontal_any(const float* lines, i64 pitch, const Axis& u, int planes, f4* quads, i64 along, i64 across) {
+  switch (u.taps) {
+    case 2: return horizontal<2>(lines, pitch, u, planes, quads, along, across);
+    case 3: return horizontal<3>(lines, pitch, u, planes, quads, along, across);
+    case 4: return horizontal<4>(lines, pitch, u, planes, quads, along, across);
+    case 5: return horizontal<5>(lines, pitch, u, planes, quads, along, across);
+  }
+  horizontal<0>(lines, pitch, u, planes, quads, along, across);
+}
+
+// to[i] = from[i] * scale + shift, rounded as `store` does.
+static void convert(const float* from, float* to, i64 n, float scale, float shift) {
+  for (i64 i = 0; i < n; ++i) to[i] = from[i] * scale + shift;
+}
+
+static void convert(const float* from, Half* to, i64 n, float scale, float shift) {
+  i64 i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i) * scale + shift, 0));
+#endif
+  for (; i < n; ++i) store(to + i, from[i] * scale + shift);
+}
+
+static void convert(const float* from, Bfloat* to, i64 n, float scale, float shift) {
+  for (i64 i = 0; i < n; ++i) store(to + i, from[i] * scale + shift);
+}
+
+static void convert(const float* from, unsigned char* to, i64 n, float, float) {
+  for (i64 i = 0; i < n; ++i) {
+    const float v = from[i] < 255 ? from[i] : 255;
+    to[i] = (unsigned char)(int)((v > 0 ? v : 0) + 0.5f);
+  }
+}
+
+// Lane c of n quads, n rounded up to 4, to planes + c * pitch.
+static void split(const f4* q, i64 n, float* planes, i64 pitch) {
+  for (i64 i = 0; i < n; i += 4, q += 4) {
+    const f4 rg = SHUFFLE(q[0], q[1], 0, 4, 1, 5), rg2 = SHUFFLE(q[2], q[3], 0, 4, 1, 5);
+    const f4 b = SHUFFLE(q[0], q[1], 2, 6, 3, 7), b2 = SHUFFLE(q[2], q[3], 2, 6, 3, 7);
+    *(f4u*)(planes + i) = SHUFFLE(rg, rg2, 0, 1, 4, 5);
+    *(f4u*)(planes + pitch + i) = SHUFFLE(rg, rg2, 2, 3, 6, 7);
+    *(f4u*)(planes + 2 * pitch + i) = SHUFFLE(b, b2, 0, 1, 4, 5);
+  }
+}
+
+// One row of the output, of n pixels, from its quads.
+template <typename T>
+static void emit(const f4* quads, i64 n, int planes, const Job& job, float* buffer, T* out) {
+  if (!job.channels_last || job.channels == 1) {
+    const i64 pitch = (n + 3) / 4 * 4;
+    split(quads, n, buffer, pitch);
+    for (int c = 0; c < job.channels; ++c)
+      convert(buffer + (planes == 1 ? 0 : c * pitch), out + c * job.plane, n, job.scale[c], job.shift[c]);
+    return;
+  }
+  const f4 scale = {job.scale[0], job.scale[1], job.scale[2], 0}, shift = {job.shift[0], job.shift[1], job.shift[2], 0};
+  for (i64 i = 0; i < n; ++i) {  // each store's fourth lane is overwritten by the next
+    const f4 q = planes == 1 ? SHUFFLE(quads[i], quads[i], 0, 0, 0, 0) : quads[i];
+    *(f4u*)(buffer + 3 * i) = q * scale + shift;
+  }
+  convert(buffer, out, 3 * n, 1, 0);
+}
+
+// One image. The axes are in output order, so mirrors are in them already.
+template <typename T>
+static void image(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, T* out) {
+  const bool to_luma = r.channels == 3 && job.channels == 1;
+  const int planes = to_luma ? 1 : r.channels, aligned = (v.count + 3) / 4 * 4;
+  const i64 bytes = (i64)u.span * r.channels, pitch = bytes + 4, x = (i64)u.first * r.channels;
+  const i64 step = job.channels_last ? (i64)job.channels * job.out_w : job.out_w;
+  f4* quads = (f4*)s.quads;
+  for (int y = 0; y < v.count; y += 4) {
+    for (int k = 0; k < 4 && y + k < v.count; ++k) {
+      const unsigned char* p = (const unsigned char*)r.pixels + v.lo[y + k] * r.pitch + x;
+      float* line = s.lines + k * pitch;
+      vertical(p, r.pitch, v.weights + (i64)(y + k) * v.taps, v.taps, line, bytes);
+      if (to_luma)
+        for (i64 i = 0; i < u.span; ++i) line[i] = luma(line[3 * i], line[3 * i + 1], line[3 * i + 2]);
+    }
+    if (turned) {
+      horizontal_any(s.lines, pitch, u, planes, quads + y, aligned, 1);
+      continue;
+    }
+    horizontal_any(s.lines, pitch, u, planes, quads, 1, u.count);
+    for (int k = 0; k < 4 && y + k < v.count; ++k)
+      emit(quads + (i64)k * u.count, u.count, planes, job, s.buffer, out + (y + k) * step);
+  }
+  if (turned)
+    for (int y = 0; y < u.count; ++y) emit(quads + (i64)y * aligned, v.count, planes, job, s.buffer, out + y * step);
+}
+
+static void run(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, i64 at) {
+  if (job.type == 0) image(r, turned, u, v, job, s, (float*)job.out + at);
+  if (job.type == 1) image(r, turned, u, v, job, s, (Half*)job.out + at);
+  if (job.type == 2) image(r, turned, u, v, job, s, (Bfloat*)job.out + at);
+  if (job.type == 3) image(r, turned, u, v, job, s, (unsigned char*)job.out + at);
+}

@@ -1,0 +1,17 @@
+"""What pyproject.toml cannot say: the CPU build of the resize kernel, optional, so that no compiler is no failure."""
+
+import runpy
+import sys
+
+from setuptools import Extension, setup
+
+flags = list(runpy.run_path("kernels/flags.py")["CXX"])
+resize = Extension(
+    "gpuload.kernels._resize",  # a plain C library, loaded with ctypes
+    sources=["kernels/resize_cpu.cpp"],
+    depends=["kernels/resize_cpu_body.h", "kernels/resize_normalize.cu", "kernels/cpu_shim.h", "kernels/flags.py"],
+    language="c++",
+    extra_compile_args=flags,
+    optional=True,
+)
+setup(ext_modules=[resize] if sys.platform != "win32" else [])
