@@ -5,6 +5,8 @@ Enter: image tensors (uint8 or float, any sizes) and texts. Leave: a Pillow imag
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -49,17 +51,17 @@ def contact_sheet(
     mean, std : sequence of float, optional
         What `Image` was given, to be undone.
     """
-    pixels = [_pixels(image, mean, std) for image in images]
-    texts: list[str | None] = list(captions) if captions is not None else [""] * len(pixels)
-    good = [bool(v) for v in valid] if valid is not None else [True] * len(pixels)
-    if not len(pixels) == len(texts) == len(good):
-        raise ConfigError(f"Expected one caption and one mark an image, got {len(pixels)}, {len(texts)}, {len(good)}.")
-    columns = columns or max(1, min(len(pixels), round((2 * len(pixels)) ** 0.5)))
+    count = len(images)
+    texts: list[str | None] = list(captions) if captions is not None else [""] * count
+    good = [bool(v) for v in valid] if valid is not None else [True] * count
+    if not count == len(texts) == len(good):
+        raise ConfigError(f"Expected one caption and one mark an image, got {len(texts)}, {len(good)} for {count}.")
+    columns = columns or max(1, min(count, round((2 * count) ** 0.5)))
     line, head = TEXT_SIZE + 4, 34 if title else 0
     said = [_say(text) for text in texts]
     fonts = [_font(text, TEXT_SIZE) for text in said]
     wrapped = [_wrap(text, tile, font) for text, font in zip(said, fonts, strict=True)]
-    rows = [range(first, min(first + columns, len(pixels))) for first in range(0, len(pixels), columns)]
+    rows = [range(first, min(first + columns, count)) for first in range(0, count, columns)]
     heights = [tile + 4 + line * max(len(wrapped[i]) for i in row) + GAP for row in rows]
     sheet = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + head + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -69,7 +71,7 @@ def contact_sheet(
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             left = GAP + column * (tile + GAP)
-            sheet.paste(_tile(pixels[i], tile) if good[i] else _broken(tile), (left, top))
+            sheet.paste(_tile(_pixels(images[i], mean, std), tile) if good[i] else _broken(tile), (left, top))
             for number, text in enumerate(wrapped[i]):
                 place = (left, top + tile + 4 + number * line)
                 draw.text(place, text, FAINT if texts[i] is None else INK, fonts[i])
@@ -80,7 +82,7 @@ def contact_sheet(
 def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
     """A tensor [C, H, W] as an RGB picture, normalisation undone."""
     image = image.detach().cpu()
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ConfigError(f"Expected images [C, H, W] with C of 1 or 3, got {tuple(image.shape)}.")
     if image.is_floating_point():
         values = image.float().numpy()  # f32[C, H, W]
@@ -99,11 +101,10 @@ def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | 
 def _tile(image: Image.Image, side: int) -> Image.Image:
     """The whole picture in the middle of a square."""
     square = Image.new("RGB", (side, side), TILE)
-    if image.width and image.height:
-        scale = min(side / image.width, side / image.height, 1)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        small = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-        square.paste(small, ((side - size[0]) // 2, (side - size[1]) // 2))
+    scale = min(side / image.width, side / image.height, 1)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    small = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    square.paste(small, ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
 
 
@@ -125,7 +126,7 @@ def _say(text: str | None) -> str:
     """One line of printable characters."""
     if text is None:
         return "no caption"
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())
 
 
 def _wrap(text: str, width: int, font: Font) -> list[str]:
@@ -141,8 +142,8 @@ def _wrap(text: str, width: int, font: Font) -> list[str]:
             continue
         if line:
             lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:  # no space to break at: a URL, or a script without spaces
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+        while len(word) > 1 and font.getlength(word) > width:  # no space to break at
+            cut = max(1, bisect_right(range(len(word)), width, key=lambda n: math.ceil(font.getlength(word[:n]))) - 1)
             lines.append(word[:cut])
             word = word[cut:]
         line = word
