@@ -104,13 +104,24 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     device = ragged.arena.device
     if not ragged.table["height"][i]:
         return torch.zeros((image.channels, 0, 0), dtype=image.dtype, device=device)
-    pixels = _oriented(ragged, i).movedim(2, 0)
+    one = Ragged(ragged.arena, ragged.table[i : i + 1])
+    (height,), (width,) = one.sizes()
+    out = torch.empty((image.channels, int(height), int(width)), dtype=image.dtype, device=device)
+    to_luma = image.channels < ragged.table["channels"][i]
+    copies, rounds = image.dtype == torch.uint8 and not to_luma, image.dtype == torch.uint8 or not to_luma
+    if not out.is_cuda and rounds and not copies and (library := kernels.cpu_library()) is not None:
+        region = np.array([[0, 0, width, height]], np.float64)  # every weight is then 1 or 0
+        kernels.run_cpu(library, _rows(one, region, np.array([flip])), out[None], _affine(image))
+        return out
+    pixels = _oriented(one, 0).movedim(2, 0)
     if flip:
         pixels = pixels.flip(2)
-    if image.channels == 1 and len(pixels) == 3:
+    if to_luma:
         luma = (pixels.int() * torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)).sum(0, keepdim=True)
         pixels = (luma + 32768) >> 16
-    out = torch.empty((image.channels, *pixels.shape[1:]), dtype=image.dtype, device=device)
+    if copies and not out.is_cuda:
+        out.numpy()[...] = pixels.numpy()  # on this thread alone, and faster than torch's
+        return out
     if image.dtype == torch.uint8:
         return out.copy_(pixels)
     scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())

@@ -15,7 +15,7 @@
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GPULOAD_BASELINE)
 #define MULTIVERSION 1
 #include <immintrin.h>
 #endif

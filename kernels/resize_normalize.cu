@@ -44,6 +44,8 @@ struct Row {  // 72 bytes; mirrored by gpuload.kernels.ROW
   int height, width, channels, orientation, flip, reserved;
 };
 
+static_assert(sizeof(Row) == 72, "Row and gpuload.kernels.ROW differ");
+
 struct Frame {  // the resize as the pixels are stored: `rows` along v (memory rows), `cols` along u
   double u, v, du, dv;  // start of the region, source pixels per output
   int rows, cols;

@@ -1,0 +1,227 @@
+"""The kernel source: it compiles for every GPU, and its two CPU builds do what the torch twin and Pillow do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from gpuload import kernels
+from gpuload.decode import IMAGE_ROW, Ragged
+from gpuload.resize import _affine, _rows, resize_normalize, resize_twin
+from gpuload.transforms import IMAGE_DTYPES, Image
+
+# Against the twin, in units of the value range: both compute in float32 with weights of 2^-24 relative precision,
+# some hundred terms each; then one unit in the last place of the type, because either may round the other way.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5 + 2**-10, torch.bfloat16: 2e-5 + 2**-7, torch.uint8: 1.0}
+# Against Pillow, in grey levels: it rounds to 8 bits after each of its two passes, half a level each, and its weights
+# to 22 bits.
+PILLOW = 1.01
+Resize = Callable[[Ragged, np.ndarray, np.ndarray, Image, torch.Tensor], None]
+KERNELS = [f"resize_normalize_{name}" for name in kernels.TYPES.values()]
+
+
+def ragged_of(images: list[np.ndarray], orientations: list[int]) -> Ragged:
+    """Images u8[h, w, c] back to back, with pitches that are no multiple of anything."""
+    table, parts, offset = np.zeros(len(images), IMAGE_ROW), [], 0
+    for row, pixels, orientation in zip(table, images, orientations, strict=True):
+        h, w, c = pixels.shape
+        pitch = w * c + 5
+        padded = np.full((h, pitch), 255, np.uint8)
+        padded[:, : w * c] = pixels.reshape(h, w * c)
+        row["offset"], row["pitch"], row["height"], row["width"] = offset, pitch, h, w
+        row["channels"], row["orientation"] = c, orientation
+        parts.append(padded.reshape(-1))
+        offset += padded.size
+    return Ragged(torch.from_numpy(np.concatenate(parts)), table)
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def empty(n: int, image: Image, fill: float = 7) -> torch.Tensor:
+    layout = torch.channels_last if image.channels_last else torch.contiguous_format
+    return torch.full((n, *image.shape), fill).to(image.dtype).contiguous(memory_format=layout)
+
+
+def case(seed: int, image: Image) -> tuple[Ragged, np.ndarray, np.ndarray]:
+    """Twelve images: odd sizes, gray and RGB, all orientations, one that is missing; random regions and flips."""
+    rng = np.random.default_rng(seed)
+    sizes = [(1, 1), (1, 9), (9, 1), (37, 53), (240, 131), (64, 64), (3, 1500), (700, 2), (17, 300), (99, 98), (8, 8)]
+    images = [noise(seed + i, h, w, 1 if i % 3 == 2 else 3) for i, (h, w) in enumerate([*sizes, (5, 6)])]
+    ragged = ragged_of(images, [*rng.permutation(np.arange(1, 9)), *rng.integers(1, 9, 4)])
+    regions, flips = image.regions(*ragged.sizes(), seed, 0, np.arange(len(ragged)))
+    ragged.table["height"][5] = 0
+    return ragged, regions, flips
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Builds the CPU library from the sources as they are now, with the flags of the installation and some more."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    assert compiler, "Expected a C++ compiler to test the kernel source with, got none. Do: apt install g++, or set CXX"
+    folder = Path(kernels.__file__).parent
+
+    @cache
+    def compiled(*more: str) -> ctypes.CDLL:
+        target = tmp_path_factory.mktemp("build") / "resize.so"
+        command = [compiler, *kernels.flags.CXX, *more, "-fPIC", "-shared", "-o", str(target)]
+        built = subprocess.run([*command, str(folder / "resize_cpu.cpp")], capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        return kernels.load(target)
+
+    return compiled
+
+
+@pytest.fixture(params=["literal", "fast", "baseline"])
+def resize(request: pytest.FixtureRequest, build: Callable[..., ctypes.CDLL]) -> Resize:
+    """The GPU's source on the CPU; the loops for this CPU; the loops for any CPU."""
+    library = build("-DGPULOAD_BASELINE") if request.param == "baseline" else build()
+
+    def run(ragged: Ragged, regions: np.ndarray, flips: np.ndarray, image: Image, out: torch.Tensor) -> None:
+        rows = _rows(ragged, regions, flips)
+        kernels.run_cpu(library, rows, out, _affine(image), literal=request.param == "literal")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def nvrtc() -> ctypes.CDLL:
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        try:
+            paths = [Path(file.locate()) for file in files(name) or [] if file.name.startswith("libnvrtc.so")]
+        except PackageNotFoundError:
+            continue
+        if paths:
+            return ctypes.CDLL(str(paths[0]))
+    pytest.fail("Expected NVRTC to compile the kernels with, got none. Do: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("path", sorted(Path(kernels.__file__).parent.glob("*.cu")), ids=lambda path: path.stem)
+def test_every_source_compiles_for_every_gpu(nvrtc: ctypes.CDLL, path: Path, arch: str) -> None:
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text, options = kernels.source(path.stem).encode(), [o.encode() for o in (*kernels.flags.NVRTC, f"-arch={arch}")]
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, path.name.encode(), 0, None, None) == 0
+    status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    assert all(name.encode() in cubin.raw for name in KERNELS)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("dtype", IMAGE_DTYPES, ids=str)
+def test_cpu_builds_equal_the_twin(resize: Resize, dtype: torch.dtype, mode: str, channels_last: bool) -> None:
+    for seed, size in enumerate([(31, 40), (7, 300), (1, 1), (130, 5)]):  # 130 and 300 are more than one tile
+        image = Image(size, crop="random", flip=0.5, dtype=dtype, mode=mode, channels_last=channels_last)
+        ragged, regions, flips = case(seed, image)
+        expected, got = empty(len(ragged), image), empty(len(ragged), image, fill=9)
+        resize_twin(ragged, regions, flips, image, expected)
+        resize(ragged, regions, flips, image, got)
+        assert (got[5] == 0).all()  # the missing image
+        assert (got.float() - expected.float()).abs().max() <= TOLERANCE[dtype], (seed, size)
+
+
+def test_cpu_builds_normalise(resize: Resize) -> None:
+    image = Image((20, 33), crop="random", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), channels_last=True)
+    ragged, regions, flips = case(3, image)
+    expected, got = empty(len(ragged), image), empty(len(ragged), image, fill=9)
+    resize_twin(ragged, regions, flips, image, expected)
+    resize(ragged, regions, flips, image, got)
+    assert (got[5] == 0).all()
+    assert (got - expected).abs().max() <= TOLERANCE[torch.float32] / 0.2  # the value range is 1 / std
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_cpu_builds_equal_pillow(resize: Resize, dtype: torch.dtype) -> None:
+    image = Image((48, 60), dtype=dtype)
+    sizes = [(375, 500), (61, 47), (48, 60), (2, 2), (1000, 30)]
+    stored = [noise(i, h, w, 3) for i, (h, w) in enumerate(sizes)]
+    ragged = ragged_of(stored, [1] * len(stored))
+    shares = np.random.default_rng(0).uniform([0, 0, 0.3, 0.3], [0.3, 0.3, 0.7, 0.7], (len(stored), 4))
+    regions = np.float32(shares * np.array([(w, h, w, h) for h, w in sizes])).astype(np.float64)  # Pillow's precision
+    got = empty(len(stored), image)
+    resize(ragged, regions, np.zeros(len(stored), bool), image, got)
+    for i, (x, y, w, h) in enumerate(regions):
+        box = (x, y, x + w, y + h)
+        expected = np.asarray(PIL.Image.fromarray(stored[i]).resize((60, 48), PIL.Image.Resampling.BILINEAR, box=box))
+        levels = got[i].float() * (1 if dtype == torch.uint8 else 255)
+        assert np.abs(levels.permute(1, 2, 0).numpy() - expected).max() <= PILLOW
+
+
+@pytest.mark.parametrize(("shape", "size"), [((3, 9000, 3), (3, 5)), ((2600, 4, 1), (2, 2)), ((500, 2500, 3), (9, 7))])
+def test_windows_wider_than_shared_memory(resize: Resize, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+    image = Image(size, crop="none")
+    ragged = ragged_of([noise(1, *shape)], [1])
+    regions, flips = image.regions(*ragged.sizes(), 0, 0, np.arange(1))
+    expected, got = empty(1, image), empty(1, image)
+    resize_twin(ragged, regions, flips, image, expected)
+    resize(ragged, regions, flips, image, got)
+    assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
+
+
+def test_a_region_outside_the_image_reads_nothing_outside(resize: Resize) -> None:
+    image = Image((4, 5))
+    ragged = ragged_of([noise(0, 6, 7, 3)] * 5, [1] * 5)
+    regions = np.array([[-50, -60, 9, 9], [900, 900, 9, 9], [1, 1, 0, 0], [-3, -3, 40, 40], [np.nan, 0, np.nan, 1]])
+    got = empty(5, image)
+    resize(ragged, regions, np.zeros(5, bool), image, got)
+    finite = got[torch.tensor([0, 1, 2, 3])]
+    assert ((finite >= 0) & (finite <= 1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_to_half_is_torchs(resize: Resize, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    special = [0, 1, 1 + 2**-11, 1 + 3 * 2**-11, 65504, 65519.99, 65520, 1e9, 2**-24, 2**-25, 3 * 2**-26, 6.1e-5, 1e-39]
+    values = np.concatenate([special, rng.standard_normal(99) * 10.0 ** rng.uniform(-9, 5, 99)]).astype(np.float32)
+    values = np.concatenate([values, -values])
+    ragged, region = ragged_of([np.zeros((1, 1, 1), np.uint8)], [1]), np.array([[0.0, 0, 1, 1]])
+    for value in values.tolist():
+        image = Image((1, 16), dtype=dtype, mode="L", mean=-value, std=1)  # 0 * scale + value
+        got = empty(1, image)
+        resize(ragged, region, np.zeros(1, bool), image, got)
+        assert torch.equal(got, torch.full(got.shape, value).to(dtype)), value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("dtype", IMAGE_DTYPES, ids=str)
+def test_cuda_equals_the_twin(dtype: torch.dtype, mode: str, channels_last: bool) -> None:
+    if not torch.cuda.is_available():
+        refuse = pytest.fail if os.environ.get("GPULOAD_REQUIRE_GPU") == "1" else pytest.skip
+        refuse("no CUDA device: the same source runs through g++ in test_cpu_builds_equal_the_twin")
+    for seed, size in enumerate([(31, 40), (7, 300), (1, 1), (130, 5)]):
+        image = Image(size, crop="random", flip=0.5, dtype=dtype, mode=mode, channels_last=channels_last)
+        ragged, regions, flips = case(seed, image)
+        expected = empty(len(ragged), image)
+        resize_twin(ragged, regions, flips, image, expected)
+        ragged.arena = ragged.arena.cuda()
+        batch = empty(2 * len(ragged), image).cuda()
+        with torch.cuda.stream(torch.cuda.Stream()) as _:
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            resize_normalize(ragged, regions, flips, image, batch[len(ragged) :])
+            torch.cuda.current_stream().synchronize()
+        assert (batch[: len(ragged)] == 7).all()  # a slice leaves the rest alone
+        got = batch[len(ragged) :].cpu()
+        assert (got[5] == 0).all()
+        assert (got.float() - expected.float()).abs().max() <= TOLERANCE[dtype], (seed, size)
