@@ -1,0 +1,122 @@
+"""What travels: columns of one batch enter, a `Batch` leaves, which torch's DataLoader passes on untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from gpuload.errors import ConfigError
+
+
+class Batch(dict[str, Any]):
+    """Column name → tensor ``[B, ...]``, or a list of B values where there is no tensor form.
+
+    Attributes
+    ----------
+    rows : i64[B]
+        Positions of the rows in the dataset, on the CPU.
+    valid : bool[B]
+        False for rows that only fill up a short rank and for rows that ``on_error="mask"`` blanked, on the CPU.
+    epoch, step : int
+        This batch's place: batch `step` of its rank in `epoch`.
+    nulls : dict of str to bool[B]
+        For columns without a NaN: which rows were null and hold 0 or False instead. Empty where none were.
+    """
+
+    rows: torch.Tensor
+    valid: torch.Tensor
+    epoch: int
+    step: int
+    nulls: dict[str, torch.Tensor]
+
+    def __init__(
+        self,
+        columns: dict[str, Any],
+        rows: torch.Tensor,
+        valid: torch.Tensor,
+        epoch: int = 0,
+        step: int = 0,
+        nulls: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(columns)
+        self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
+        for name, value in columns.items():
+            if len(value) != len(rows):
+                raise ValueError(f"Expected {len(rows)} values in column {name!r}, got {len(value)}.")
+
+    @property
+    def size(self) -> int:
+        """B, the number of rows."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its columns on `device`; `rows` and `valid` stay on the CPU."""
+        moved = {name: _each(value, lambda t: t.to(device, non_blocking=non_blocking)) for name, value in self.items()}
+        return Batch(moved, self.rows, self.valid, self.epoch, self.step, self.nulls)
+
+    def pin_memory(self, device: Any = None) -> Batch:
+        """The same batch in page-locked memory; what is on a GPU already stays as it is."""
+        pinned = {name: _each(value, lambda t: t if t.is_cuda else t.pin_memory()) for name, value in self.items()}
+        return Batch(pinned, self.rows, self.valid, self.epoch, self.step, self.nulls)
+
+    def keep(self, mask: NDArray[np.bool_]) -> Batch:
+        """The rows where ``mask`` (bool[B]) is True."""
+        index = torch.from_numpy(np.flatnonzero(mask))
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                kept = value[index.to(value.device)]
+                last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+                return kept.contiguous(memory_format=torch.channels_last) if last else kept
+            return [value[i] for i in index.tolist()]
+
+        nulls = {name: flags[index] for name, flags in self.nulls.items()}
+        columns = {name: pick(value) for name, value in self.items()}
+        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls)
+
+    def __reduce__(self) -> tuple[type[Batch], tuple[Any, ...]]:
+        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{name}: {_shape(value)}" for name, value in self.items())
+        invalid = int((~self.valid).sum())
+        return (
+            f"Batch({columns}, epoch={self.epoch}, step={self.step}, rows={self.size}"
+            + (f", invalid={invalid}" if invalid else "")
+            + ")"
+        )
+
+
+def _each(value: Any, function: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [function(item) for item in value]
+    return value
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        device = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
+    inner = _shape(value[0]) if value and isinstance(value[0], torch.Tensor) else type(value[0]).__name__ if value else ""
+    return f"list[{len(value)}] of {inner}" if inner else "list[0]"
+
+
+def _collate(batches: Iterable[Batch], *, collate_fn_map: Any = None) -> Batch:
+    """What `DataLoader(dataset)` does with its default ``batch_size=1``: one batch stays that batch."""
+    found = list(batches)
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        f"Expected DataLoader(dataset) or DataLoader(dataset, batch_size=None), got batch_size={len(found)}: "
+        "LanceDataset yields whole batches. Give the number of rows to LanceDataset(..., batch_size=...)."
+    )
+
+
+default_collate_fn_map[Batch] = _collate

@@ -1,0 +1,281 @@
+"""Rows exist: a URI or an opened dataset enters, a pinned version with counts, positions and reads leaves.
+
+The only file beside `ingest.py` that touches Lance. A position is the place of a row among the live rows of the
+version, 0 to rows-1; an index is its place among the rows that the filter and the sample left. Without either they
+are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lance
+import lance.sampler as lance_sampler
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from gpuload.errors import ConfigError, ForkError
+from gpuload.permutation import Permutation
+from gpuload.projection import Field, project
+
+Ranges = NDArray[np.int64]  # i64[N, 2]: half-open, in the order wanted
+_SCAN_RUN = 8  # mean rows per run from which take_scan reads faster than take (benchmarks/bench_read.py)
+
+
+class Source:
+    """A pinned version of a Lance dataset, reduced to some columns and rows.
+
+    Parameters
+    ----------
+    dataset : str, Path or lance.LanceDataset
+    columns : list of str or dict of str to str, optional
+        Names (``"a.b"`` for a field of a struct), or output name → SQL expression. All columns by default.
+    filter : str, optional
+        SQL condition; resolved once, here, without reading any other column.
+    samples : int
+        If above 0, keep this many rows, drawn with `seed`.
+    with_row_id, with_row_address : bool
+        Add the columns ``_rowid``, ``_rowaddr``.
+    options : dict, optional
+        Keywords of ``lance.dataset`` (version, storage_options, ...).
+
+    Raises
+    ------
+    ConfigError
+        No such dataset, unknown column, a filter or expression that Lance refuses.
+    ForkError
+        In a process forked after Lance was in use.
+    """
+
+    def __init__(
+        self,
+        dataset: str | Path | lance.LanceDataset,
+        columns: Sequence[str] | dict[str, str] | None = None,
+        filter: str | None = None,
+        samples: int = 0,
+        seed: int = 0,
+        with_row_id: bool = False,
+        with_row_address: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        check_fork()
+        self.lance = _open(dataset, options or {})
+        self.uri, self.version = str(self.lance.uri), int(self.lance.version)
+        extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
+        self._fields: list[Field] = project(self.lance, columns, extra)
+        self.schema = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
+        self._expressions = {f.name: f.expression for f in self._fields if not f.blob}
+        self._plain = all(f.path for f in self._fields)
+        self._roots = list(dict.fromkeys(f.path[0] for f in self._fields if f.path and not f.blob))
+        counts = [fragment.count_rows() for fragment in self.lance.get_fragments()]
+        self._selected = self._select(filter, samples, seed, np.asarray(counts, np.int64))
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if self._selected is not None:
+            starts = np.searchsorted(self._selected, starts).astype(np.int64)
+        self.fragments: NDArray[np.int64] = np.diff(starts)  # rows left in each fragment
+        self.rows = int(starts[-1])
+        self._cache: lance.LanceDataset | None = None
+
+    def positions(self, ranges: Ranges) -> NDArray[np.int64]:
+        """Positions in the dataset of the rows at these indices, in order: i64[sum of lengths]."""
+        index = expand(ranges)
+        return index if self._selected is None else self._selected[index]
+
+    def read(self, ranges: Ranges) -> pa.Table:
+        """The rows at these indices, in order.
+
+        A table and not one batch: where the rows come from several places its columns stay in chunks, because
+        joining them would copy every image.
+        """
+        if self._cache is not None:
+            return _read(self._cache, None, ranges).rename_columns(self.schema.names)
+        if self._selected is not None:
+            ranges = coalesce(self._selected[expand(ranges)])
+        if self._plain:
+            table = _read(self.lance, self._roots, ranges) if self._roots else None
+        else:
+            table = self.lance.take(expand(ranges), columns=self._expressions)
+        columns = [self._column(f, table, ranges) for f in self._fields]
+        return pa.table(columns, names=self.schema.names)
+
+    def fingerprint(self) -> str:
+        """Names this version's rows wherever the dataset is stored: a digest of its version and data files."""
+        files = [file.path for fragment in self.lance.get_fragments() for file in fragment.data_files()]
+        return hashlib.sha256(f"{self.version}\n{chr(10).join(files)}".encode()).hexdigest()[:16]
+
+    def first_value(self, name: str) -> Any:
+        """The first value of a column that is not null, as an Arrow scalar; None where there is none.
+
+        Looks at the first rows, then lets Lance search.
+        """
+        head = self.read(np.array([[0, min(self.rows, 16)]])).column(name)
+        head = head.drop_null()
+        if len(head) or self.rows <= 16:
+            return head[0] if len(head) else None
+        field = next(f for f in self._fields if f.name == name)
+        if field.blob:
+            return None
+        found = self.lance.to_table(columns={name: field.expression}, filter=f"{field.expression} IS NOT NULL", limit=1)
+        return found.column(0)[0] if len(found) else None
+
+    def use_cache(self, folder: str) -> None:
+        """Copy the selected rows into a local Lance dataset under `folder` and read from it from now on."""
+        names = [f"c{i}" for i in range(len(self._fields))]  # neutral: Lance reserves names such as _rowid
+        step = max(1, min(self.rows, 256))
+
+        def batches() -> Any:
+            for start in range(0, self.rows, step):
+                rows = self.read(np.array([[start, min(start + step, self.rows)]]))
+                yield from rows.rename_columns(names).combine_chunks().to_batches()
+
+        empty = self.read(np.empty((0, 2), np.int64)).rename_columns(names)
+        reader = pa.RecordBatchReader.from_batches(empty.schema, batches())
+        self._cache = lance.write_dataset(reader, os.path.join(folder, "cache.lance"), mode="overwrite")
+
+    def _column(self, field: Field, table: pa.Table | None, ranges: Ranges) -> pa.ChunkedArray:
+        if field.blob:
+            found = self.lance.read_blobs(field.path[0], indices=expand(ranges).tolist())
+            return pa.chunked_array([pa.array([value for _, value in found], pa.large_binary())])
+        assert table is not None
+        if not self._plain:
+            return table.column(field.name)
+        column = table.column(field.path[0])
+        return pc.struct_field(column, list(field.path[1:])) if len(field.path) > 1 else column
+
+    def _select(
+        self, filter: str | None, samples: int, seed: int, counts: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Sorted positions of the rows that are used, None for all of them."""
+        selected = None if filter is None else self._matching(filter, counts)
+        left = int(counts.sum()) if selected is None else len(selected)
+        if not 0 < samples < left:
+            return selected
+        drawn = np.sort(Permutation(left, seed)(np.arange(samples)))
+        return drawn if selected is None else selected[drawn]
+
+    def _matching(self, filter: str, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the rows that match, from their addresses: (fragment id << 32) + offset before deletions."""
+        try:
+            scan = self.lance.scanner(columns=[], filter=filter, with_row_address=True).to_table()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"Lance refused filter={filter!r}: {_first_line(error)}") from error
+        address = np.sort(scan.column("_rowaddr").to_numpy().astype(np.int64))
+        fragments = self.lance.get_fragments()
+        ids = np.array([fragment.fragment_id for fragment in fragments], np.int64)
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if len(counts) else counts
+        by_id = np.argsort(ids)
+        which = by_id[np.searchsorted(ids[by_id], address >> 32)]  # i64[M] index of each row's fragment
+        offset = address & 0xFFFFFFFF
+        for f in np.unique(which):
+            if fragments[f].num_deletions:
+                live = fragments[f].scanner(columns=[], with_row_address=True).to_table().column("_rowaddr")
+                here = which == f
+                offset[here] = np.searchsorted(np.sort(live.to_numpy().astype(np.int64)), address[here])
+        return np.sort(starts[which] + offset)
+
+
+def expand(ranges: Ranges) -> NDArray[np.int64]:
+    """The members of half-open ranges, one after the other: i64[sum of lengths]."""
+    ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
+    lengths = ranges[:, 1] - ranges[:, 0]
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
+
+
+def coalesce(positions: NDArray[np.int64]) -> Ranges:
+    """The fewest half-open ranges that list these positions in this order."""
+    if not len(positions):
+        return np.empty((0, 2), np.int64)
+    cut = np.flatnonzero(np.diff(positions) != 1) + 1
+    first = positions[np.concatenate([[0], cut])]
+    last = positions[np.concatenate([cut - 1, [len(positions) - 1]])]
+    return np.stack([first, last + 1], axis=1)
+
+
+def _read(dataset: lance.LanceDataset, columns: list[str] | None, ranges: Ranges) -> pa.Table:
+    """Neighbouring rows by `take_scan`, which is not public, scattered ones by `take`; both keep the order."""
+    scan = getattr(dataset._ds, "take_scan", None)
+    rows = int((ranges[:, 1] - ranges[:, 0]).sum())
+    if scan is None or not rows or rows < _SCAN_RUN * len(ranges):
+        return dataset.take(expand(ranges), columns=columns)
+    names = columns if columns is not None else dataset.schema.names
+    reader = scan(iter([(int(a), int(b)) for a, b in ranges]), columns=names, batch_readahead=4)
+    return pa.Table.from_batches(list(reader), schema=reader.schema)
+
+
+def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
+    if isinstance(dataset, lance.LanceDataset):
+        return dataset
+    if not isinstance(dataset, (str, Path)):
+        raise ConfigError(f"Expected a URI, a path or a lance.LanceDataset, got {type(dataset).__name__}.")
+    try:
+        return lance.dataset(dataset, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Lance's own words without the place in its source code."""
+    return str(error).splitlines()[0].split(", /")[0] if str(error) else type(error).__name__
+
+
+# -- fork: Lance's threads do not survive one, and its runtime then crashes or hangs -------------------------------
+
+_lost_at_fork = False
+
+
+def lance_running() -> bool:
+    """Whether Lance has started its threads in this process, through this package or not (Linux)."""
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:  # no procfs: be careful
+        return True
+    for task in tasks:
+        try:
+            with open(f"/proc/self/task/{task}/comm") as file:
+                if file.read().startswith("lance"):
+                    return True
+        except OSError:  # the thread has ended
+            continue
+    return False
+
+
+def _note_fork() -> None:
+    global _lost_at_fork
+    _lost_at_fork = _lost_at_fork or lance_running()
+
+
+def _forget_fork() -> None:
+    global _lost_at_fork
+    _lost_at_fork = False
+
+
+os.register_at_fork(before=_note_fork, after_in_parent=_forget_fork)
+
+
+def check_fork() -> None:
+    """Raise before Lance is touched in a process where it cannot work.
+
+    Raises
+    ------
+    ForkError
+        This process was forked while Lance was running.
+    """
+    if _lost_at_fork:
+        raise ForkError(
+            "Expected a process in which Lance can run, got one forked after Lance was in use "
+            "(a DataLoader worker started by fork?). Use num_workers=0: reading and decoding have threads of their "
+            'own. Or DataLoader(..., num_workers=n, multiprocessing_context="spawn").'
+        )
+
+
+LanceSampler = lance_sampler.Sampler
+LanceFullScan = lance_sampler.FullScanSampler
+LanceFragments = lance_sampler.ShardedFragmentSampler
+LanceBatches = lance_sampler.ShardedBatchSampler
