@@ -11,7 +11,7 @@ resize = Extension(
     sources=["kernels/resize_cpu.cpp"],
     depends=["kernels/resize_cpu_body.h", "kernels/resize_normalize.cu", "kernels/cpu_shim.h", "kernels/flags.py"],
     language="c++",
-    extra_compile_args=flags,
+    extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
 setup(ext_modules=[resize] if sys.platform != "win32" else [])

@@ -83,7 +83,7 @@ __device__ inline Window window(double start, double step, int output, int size)
   w.lo = lo < 0 ? 0 : lo < size ? (int)lo : size - 1;
   w.hi = hi < w.lo + 1 ? w.lo + 1 : hi < size ? (int)hi : size;
   w.center = (float)(center - 0.5 - w.lo);
-  w.inv = (float)(1 / support);
+  w.inv = 1 / (float)support;
   return w;
 }
 
@@ -106,6 +106,32 @@ __device__ inline void store(Bfloat* p, float v) {
 }
 __device__ inline void store(unsigned char* p, float v) { *p = v < 0 ? 0 : v > 255 ? 255 : (unsigned char)(v + 0.5f); }
 
+struct Tile {  // what one block makes of one image: outputs [first, last) of stored row v; none where first >= last
+  Row row;
+  Frame frame;
+  Window rows;     // of v
+  int begin, end;  // source columns that are read; none where there is no image
+  int v, first, last;
+};
+
+// By one thread for its block: double arithmetic is slow on the GPUs that are not made for it.
+__device__ inline Tile plan(const Row& row, int out_h, int out_w, unsigned int block) {
+  Tile t;
+  t.row = row;
+  const Frame f = t.frame = stored_frame(row, out_h, out_w);
+  const int tiles = (f.cols + TILE - 1) / TILE, width = (f.cols + tiles - 1) / tiles;
+  t.v = (int)(block / tiles);
+  t.first = (int)(block % tiles) * width;
+  t.last = t.v >= f.rows ? t.first : t.first + width < f.cols ? t.first + width : f.cols;
+  t.begin = t.end = 0;
+  if (row.height > 0) {
+    t.rows = window(f.v, f.dv, t.v, row.height);
+    t.begin = window(f.u, f.du, t.first, row.width).lo;
+    t.end = window(f.u, f.du, t.last - 1, row.width).hi;
+  }
+  return t;
+}
+
 // One column of the vertical pass: channel c (or the luma) of stored column x, over the window w of stored rows.
 __device__ inline float column(const Row& r, const Window& w, int x, int c, bool to_luma) {
   const unsigned char* p = (const unsigned char*)r.pixels + w.lo * r.pitch + (i64)x * r.channels + c;
@@ -123,38 +149,36 @@ template <typename T>
 __device__ inline void resize(const Row* rows, T* out, i64 count, int out_h, int out_w, int channels, i64 sn, i64 sc,
                               i64 sy, i64 sx, float scale0, float scale1, float scale2, float shift0, float shift1,
                               float shift2) {
-  SHARED float line[3 * CHUNK];                     // vertical pass: [pixels of the chunk, planes]
-  SHARED float sums[3 * TILE], totals[3 * TILE];    // horizontal pass: [outputs of the tile, planes]
+  SHARED float line[3 * CHUNK];                   // vertical pass: [pixels of the chunk, planes]
+  SHARED float sums[3 * TILE], totals[3 * TILE];  // horizontal pass: [outputs of the tile, planes]
+  SHARED Tile tile;
   for (i64 n = blockIdx.y; n < count; n += gridDim.y) {
-    const Row r = rows[n];
-    const Frame f = stored_frame(r, out_h, out_w);
-    const int tiles = (f.cols + TILE - 1) / TILE, width = (f.cols + tiles - 1) / tiles;
-    const int v = (int)(blockIdx.x / tiles), first = (int)(blockIdx.x % tiles) * width;
-    const int last = first + width < f.cols ? first + width : f.cols;
-    if (v >= f.rows || first >= last) continue;  // the whole block
+    __syncthreads();  // the previous image has been written
+    if (threadIdx.x == 0) tile = plan(rows[n], out_h, out_w, blockIdx.x);
+    __syncthreads();
+    const Row r = tile.row;
+    const Frame f = tile.frame;
+    const int v = tile.v, first = tile.first, last = tile.last;
+    if (first >= last) continue;  // the whole block
     const int planes = r.channels == 3 && channels == 3 ? 3 : 1, outputs = (last - first) * planes;
     for (int k = threadIdx.x; k < outputs; k += blockDim.x) sums[k] = totals[k] = 0;
-    if (r.height > 0) {
-      const Window wv = window(f.v, f.dv, v, r.height);
-      const int begin = window(f.u, f.du, first, r.width).lo, end = window(f.u, f.du, last - 1, r.width).hi;
-      for (int chunk = begin; chunk < end; chunk += CHUNK) {
-        const int stop = chunk + CHUNK < end ? chunk + CHUNK : end;
-        __syncthreads();  // the previous chunk has been read
-        for (int i = threadIdx.x; i < (stop - chunk) * planes; i += blockDim.x)
-          line[i] = column(r, wv, chunk + i / planes, i % planes, planes < r.channels);
-        __syncthreads();
-        for (int k = threadIdx.x; k < outputs; k += blockDim.x) {
-          const Window wu = window(f.u, f.du, first + k / planes, r.width);
-          const int from = wu.lo > chunk ? wu.lo : chunk, to = wu.hi < stop ? wu.hi : stop;
-          float sum = sums[k], total = totals[k];
-          for (int x = from; x < to; ++x) {
-            const float weight = triangle((x - wu.lo - wu.center) * wu.inv);
-            total += weight;
-            sum += weight * line[(x - chunk) * planes + k % planes];
-          }
-          sums[k] = sum;
-          totals[k] = total;
+    for (int chunk = tile.begin; chunk < tile.end; chunk += CHUNK) {
+      const int stop = chunk + CHUNK < tile.end ? chunk + CHUNK : tile.end;
+      __syncthreads();  // the previous chunk has been read
+      for (int i = threadIdx.x; i < (stop - chunk) * planes; i += blockDim.x)
+        line[i] = column(r, tile.rows, chunk + i / planes, i % planes, planes < r.channels);
+      __syncthreads();
+      for (int k = threadIdx.x; k < outputs; k += blockDim.x) {
+        const Window w = window(f.u, f.du, first + k / planes, r.width);
+        const int from = w.lo > chunk ? w.lo : chunk, to = w.hi < stop ? w.hi : stop;
+        float sum = sums[k], total = totals[k];
+        for (int x = from; x < to; ++x) {
+          const float weight = triangle((x - w.lo - w.center) * w.inv);
+          total += weight;
+          sum += weight * line[(x - chunk) * planes + k % planes];
         }
+        sums[k] = sum;
+        totals[k] = total;
       }
     }
     __syncthreads();
@@ -165,7 +189,6 @@ __device__ inline void resize(const Row* rows, T* out, i64 count, int out_h, int
       T* p = out + n * sn + c * sc + (f.turned ? pu * sy + pv * sx : pv * sy + pu * sx);
       store(p, totals[at] > 0 ? sums[at] / totals[at] * scale + shift : 0);
     }
-    __syncthreads();  // before the next image overwrites the sums
   }
 }
 
