@@ -108,10 +108,11 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     (height,), (width,) = one.sizes()
     out = torch.empty((image.channels, int(height), int(width)), dtype=image.dtype, device=device)
     to_luma = image.channels < ragged.table["channels"][i]
-    copies, rounds = image.dtype == torch.uint8 and not to_luma, image.dtype == torch.uint8 or not to_luma
-    if not out.is_cuda and rounds and not copies and (library := kernels.cpu_library()) is not None:
+    plain = image.dtype == torch.uint8 and not to_luma and not out.is_cuda
+    rounds_luma = to_luma and image.dtype != torch.uint8  # before it normalises, where the kernels round only results
+    if not plain and not rounds_luma and (out.is_cuda or kernels.cpu_library() is not None):
         region = np.array([[0, 0, width, height]], np.float64)  # every weight is then 1 or 0
-        kernels.run_cpu(library, _rows(one, region, np.array([flip])), out[None], _affine(image))
+        resize_normalize(one, region, np.array([flip]), image, out[None])
         return out
     pixels = _oriented(one, 0).movedim(2, 0)
     if flip:
@@ -119,7 +120,7 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     if to_luma:
         luma = (pixels.int() * torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)).sum(0, keepdim=True)
         pixels = (luma + 32768) >> 16
-    if copies and not out.is_cuda:
+    if plain:
         out.numpy()[...] = pixels.numpy()  # on this thread alone, and faster than torch's
         return out
     if image.dtype == torch.uint8:

@@ -95,7 +95,8 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
     """Fill `out` on torch's current stream of its device; nothing here waits for the device.
 
     Parameters are those of `run_cpu`, with pixels at addresses of the device. The table goes up through pinned
-    memory; both its copies belong to torch's allocators, which keep them until the stream has passed.
+    memory; both its copies belong to torch's allocators, which keep them until the stream has passed. The same holds
+    for `out` and the pixels only if they were allocated on that stream or are recorded for it: the caller's part.
     """
     cp = _cupy()
     n, channels, height, width = out.shape
@@ -107,8 +108,7 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
     strides = (channels * plane, plane, width, 1)
     if not out.is_contiguous():
         strides = (channels * plane, 1, channels * width, channels)
-    index = out.device.index if out.device.index is not None else torch.cuda.current_device()
-    stream = torch.cuda.current_stream(index)
+    stream = _Stream(torch.cuda.current_stream(out.device))
     table = torch.from_numpy(rows.view(np.uint8)).pin_memory().to(out.device, non_blocking=True)
     arguments = (
         np.uint64(table.data_ptr()),
@@ -118,7 +118,7 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
         *(np.int64(v) for v in strides),
         *affine,
     )
-    with cp.cuda.Device(index), cp.cuda.Stream.from_external(_Stream(stream)):
+    with cp.cuda.Device(out.device.index), cp.cuda.Stream.from_external(stream):
         _kernel(f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
 
 

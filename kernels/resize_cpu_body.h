@@ -81,8 +81,8 @@ static void convert(const float* from, Bfloat* to, i64 n, float scale, float shi
 
 static void convert(const float* from, unsigned char* to, i64 n, float, float) {
   for (i64 i = 0; i < n; ++i) {
-    const float v = from[i] < 255 ? from[i] : 255;
-    to[i] = (unsigned char)(int)((v > 0 ? v : 0) + 0.5f);
+    const int v = (int)(from[i] + 0.5f);  // a mean of bytes: never far outside 0..255
+    to[i] = (unsigned char)(v < 0 ? 0 : v > 255 ? 255 : v);
   }
 }
 
