@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -200,6 +203,43 @@ def test_rounding_to_half_is_torchs(resize: Resize, dtype: torch.dtype) -> None:
         got = empty(1, image)
         resize(ragged, region, np.zeros(1, bool), image, got)
         assert torch.equal(got, torch.full(got.shape, value).to(dtype)), value
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPatch, channels_last: bool) -> None:
+    """Against a stand-in for CuPy: the types, the table that is uploaded, the grid; nothing of the GPU itself."""
+    image = Image((7, 300), dtype=torch.float16, channels_last=channels_last)
+    ragged, regions, flips = case(0, image)
+    rows, out, launches = _rows(ragged, regions, flips), empty(len(ragged), image), []
+
+    def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Callable[..., None]:
+        assert (code, options) == (kernels.source("resize_normalize"), kernels.flags.NVRTC)
+
+        def launch(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
+            launches.append((name, grid, block, arguments, ctypes.string_at(int(arguments[0]), rows.nbytes)))
+
+        return launch
+
+    stream = SimpleNamespace(from_external=lambda stream: nullcontext(stream.__cuda_stream__()))
+    cuda = SimpleNamespace(Device=lambda index: nullcontext(), Stream=stream)
+    monkeypatch.setattr(kernels, "_cupy", lambda: SimpleNamespace(RawKernel=raw_kernel, cuda=cuda))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    kernels._kernel.cache_clear()
+    kernels.run_cuda(rows, out, _affine(image))
+    kernels._kernel.cache_clear()
+
+    ((name, grid, block, arguments, table),) = launches
+    declared = re.search(r"__global__ void name\((.*?)\)", kernels.source("resize_normalize"), re.DOTALL)
+    assert declared is not None
+    types = [part.replace("\\", " ").rsplit(None, 1)[0].strip() for part in declared[1].split(",")]
+    sizes = {"const Row*": np.uint64, "T*": np.uint64, "i64": np.int64, "int": np.int32, "float": np.float32}
+    assert [type(argument) for argument in arguments] == [sizes[name] for name in types]
+    assert (name, grid, block) == ("resize_normalize_f16", (300, len(rows), 1), (256, 1, 1))  # turned: 300 rows
+    assert table == rows.tobytes()
+    n, c, h, w = out.shape
+    strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
+    assert arguments[1:10] == (out.data_ptr(), n, h, w, c, *strides)
 
 
 @pytest.mark.gpu
