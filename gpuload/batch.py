@@ -104,7 +104,9 @@ def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         device = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
-    inner = _shape(value[0]) if value and isinstance(value[0], torch.Tensor) else type(value[0]).__name__ if value else ""
+    inner = (
+        _shape(value[0]) if value and isinstance(value[0], torch.Tensor) else type(value[0]).__name__ if value else ""
+    )
     return f"list[{len(value)}] of {inner}" if inner else "list[0]"
 
 

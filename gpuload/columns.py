@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def byte_views(column: pa.ChunkedArray) -> Views:
             continue
         ends = np.frombuffer(offsets, _OFFSETS[array.type])[array.offset : array.offset + len(array) + 1].tolist()
         payload = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-        here: Views = [payload[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        here: Views = [payload[a:b] for a, b in itertools.pairwise(ends)]
         if array.null_count:
             here = [view if ok else None for view, ok in zip(here, array.is_valid().to_pylist(), strict=True)]
         views.extend(here)

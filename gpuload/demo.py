@@ -14,13 +14,15 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from gpuload.stages import ordered_map
 
 COLOURS = {
     "red": (222, 49, 60),
@@ -95,9 +97,8 @@ def write_demo(target: str | os.PathLike[str], rows: int = 512, seed: int = 0) -
 
 def _on_threads(fn: Callable[[_In], _Out], items: Iterator[_In]) -> Iterator[_Out]:
     """`fn` of every item, in order, on as many threads as there are cores: Pillow draws without the GIL."""
-    with ThreadPoolExecutor(os.cpu_count(), "gpuload-demo") as threads:
-        while ahead := list(itertools.islice(items, 64)):
-            yield from threads.map(fn, ahead)
+    with closing(ordered_map(fn, items, threads=os.cpu_count() or 1, ahead=64, name="demo")) as done:
+        yield from done
 
 
 def _plans(n: int, seed: int) -> Iterator[_Plan]:

@@ -1,13 +1,13 @@
 """What can go wrong, as one small tree. Every message says: expected, got, where, what to do.
 
-    GpuloadError
-    ├── ConfigError (ValueError)       an argument that cannot work, found before any row is read
-    ├── DeviceError (RuntimeError)     a device, decoder or package was asked for that this machine lacks
-    ├── ForkError (RuntimeError)       a forked process would use Lance, which cannot survive a fork
-    ├── StateError (ValueError)        a saved position that does not belong to this dataset
-    └── RowError (ValueError)          one row that cannot become tensors: .row, .column, .cause
-        ├── DecodeError                its image
-        └── TextError                  its text
+GpuloadError
+├── ConfigError (ValueError)       an argument that cannot work, found before any row is read
+├── DeviceError (RuntimeError)     a device, decoder or package was asked for that this machine lacks
+├── ForkError (RuntimeError)       a forked process would use Lance, which cannot survive a fork
+├── StateError (ValueError)        a saved position that does not belong to this dataset
+└── RowError (ValueError)          one row that cannot become tensors: .row, .column, .cause
+    ├── DecodeError                its image
+    └── TextError                  its text
 """
 
 from __future__ import annotations

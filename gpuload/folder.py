@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
+from gpuload.stages import ordered_map
 
 FILE_KEYS = ("file_name", "filename", "file", "path", "image")
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -186,18 +186,9 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_ahead(root: Path, files: Iterator[File], num_threads: int) -> Iterator[Row]:
     """Every file read, in order, four for each thread under way."""
-    with ThreadPoolExecutor(num_threads, "gpuload-ingest") as threads:
-        waiting: deque[Future[Row]] = deque()
-        try:
-            while True:
-                for file in itertools.islice(files, 4 * num_threads - len(waiting)):
-                    waiting.append(threads.submit(_read, root, file))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    read = partial(_read, root)
+    with closing(ordered_map(read, files, threads=num_threads, ahead=4 * num_threads, name="ingest")) as rows:
+        yield from rows
 
 
 def _read(root: Path, file: File) -> Row:

@@ -83,7 +83,7 @@ class Plan:
         return np.concatenate(parts)
 
 
-class _PlanSampler(LanceSampler):  # type: ignore[misc]
+class PlanSampler(LanceSampler):  # type: ignore[misc]
     """What the samplers below share: a place among the ranks, a seed, an epoch, and Lance's own protocol."""
 
     elastic: ClassVar[bool] = True  # whether the order is the same for every world size
@@ -144,7 +144,7 @@ class _PlanSampler(LanceSampler):  # type: ignore[misc]
         source = Source(dataset, columns, filter, with_row_id=bool(with_row_id))
         plan = self.plan(source.rows, source.fragments, batch_size)
         for step in range(len(plan)):
-            size, real = plan.size(step)
+            _, real = plan.size(step)
             if real:
                 table = source.read(plan.ranges(step)).slice(0, real)
                 yield table.combine_chunks().to_batches()[0]
@@ -157,7 +157,7 @@ class _PlanSampler(LanceSampler):  # type: ignore[misc]
         return _in_order
 
 
-class _FromTorch(_PlanSampler):
+class _FromTorch(PlanSampler):
     @classmethod
     def from_torch(cls, randomize: bool = False, seed: int = 0) -> Any:
         """Rank and world size from :mod:`torch.distributed`, which must be initialised."""
@@ -166,7 +166,7 @@ class _FromTorch(_PlanSampler):
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), randomize=randomize, seed=seed)
 
 
-class FullScanSampler(_PlanSampler):
+class FullScanSampler(PlanSampler):
     """Every row in the order of the dataset, on every rank."""
 
     def __init__(self) -> None:
@@ -214,9 +214,7 @@ class ShardedFragmentSampler(_FromTorch):
 
         if batch_size < 1:
             raise ConfigError(f"Expected batch_size of at least 1, got {batch_size}.")
-        return Plan(
-            order, totals[self._rank], max(totals), batch_size, 0, 1, drop_last, start, shortest=min(totals)
-        )
+        return Plan(order, totals[self._rank], max(totals), batch_size, 0, 1, drop_last, start, shortest=min(totals))
 
 
 class ShardedBatchSampler(_FromTorch):
@@ -237,7 +235,7 @@ class ShardedBatchSampler(_FromTorch):
         return _blocks(Permutation(full, self._seed, self._epoch), batch_size, rows, tail_last=True)
 
 
-class ShuffleSampler(_PlanSampler):
+class ShuffleSampler(PlanSampler):
     """All rows in a random order, anew each epoch; rank r takes every world_size-th batch of it. Elastic.
 
     The order needs no table: memory is constant and a batch costs the same at 10**10 rows.
@@ -322,7 +320,9 @@ def make_sampler(
         return _adopt(sampler)
     if shuffle in (True, "row", "block"):
         if granularity == "fragment":
-            raise ConfigError(f'Expected shuffle="batch" or False beside shard_granularity="fragment", got {shuffle!r}.')
+            raise ConfigError(
+                f'Expected shuffle="batch" or False beside shard_granularity="fragment", got {shuffle!r}.'
+            )
         return ShuffleSampler(rank, world_size, seed, _BLOCK if shuffle == "block" else 1)
     kind = ShardedFragmentSampler if granularity == "fragment" else ShardedBatchSampler
     return kind(rank, world_size, randomize=shuffle == "batch", seed=seed)
@@ -330,7 +330,7 @@ def make_sampler(
 
 def _adopt(sampler: Any) -> Any:
     """Lance's stock samplers, exactly those, become ours: the same rows, with equal ranks, a length and a state."""
-    if isinstance(sampler, _PlanSampler):
+    if isinstance(sampler, PlanSampler):
         return sampler
     if type(sampler) is LanceFullScan:
         return FullScanSampler()

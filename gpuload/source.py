@@ -8,6 +8,7 @@ are the same.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import lance.sampler as lance_sampler
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError, ForkError
@@ -109,6 +111,18 @@ class Source:
         files = [file.path for fragment in self.lance.get_fragments() for file in fragment.data_files()]
         return hashlib.sha256(f"{self.version}\n{chr(10).join(files)}".encode()).hexdigest()[:16]
 
+    def request(self) -> list[str] | dict[str, str]:
+        """The columns as Lance's own readers take them."""
+        names = [f.name for f in self._fields if f.name != "_rowid"]
+        if all(f.path == (f.name,) for f in self._fields):
+            return names
+        return {f.name: f.expression for f in self._fields if f.name != "_rowid"}
+
+    def hf_converter(self) -> Any:
+        """Lance's converter for datasets that Hugging Face wrote, None for others."""
+        raw = (self.schema.metadata or {}).get(b"huggingface")
+        return HuggingFaceConverter(json.loads(raw)) if raw else None
+
     def first_value(self, name: str) -> Any:
         """The first value of a column that is not null, as an Arrow scalar; None where there is none.
 
@@ -123,6 +137,11 @@ class Source:
             return None
         found = self.lance.to_table(columns={name: field.expression}, filter=f"{field.expression} IS NOT NULL", limit=1)
         return found.column(0)[0] if len(found) else None
+
+    @property
+    def cached(self) -> bool:
+        """Whether reads come from a local copy."""
+        return self._cache is not None
 
     def use_cache(self, folder: str) -> None:
         """Copy the selected rows into a local Lance dataset under `folder` and read from it from now on."""

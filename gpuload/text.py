@@ -83,7 +83,7 @@ class Tokens:
         own.no_padding()
         own.no_truncation()
         if self._text.max_length is not None and self._text.truncation:
-            own.enable_truncation(self._text.max_length, **{**({"direction": cut["direction"]} if cut else {})})
+            own.enable_truncation(self._text.max_length, direction=cut["direction"] if cut else "right")
         return lambda texts: [encoding.ids for encoding in own.encode_batch_fast(texts)]
 
     def _transformers(self, tokenizer: Any) -> Callable[[list[str]], Ids]:

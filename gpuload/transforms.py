@@ -28,7 +28,9 @@ def _expect(ok: bool, what: str, got: object) -> None:
 
 def _interval(name: str, value: tuple[float, float], upper: float = math.inf) -> None:
     good = len(value) == 2 and 0 < value[0] <= value[1] <= upper
-    _expect(good, f"Image({name}=(low, high)) with 0 < low <= high{f' <= {upper:g}' if upper < math.inf else ''}", value)
+    _expect(
+        good, f"Image({name}=(low, high)) with 0 < low <= high{f' <= {upper:g}' if upper < math.inf else ''}", value
+    )
 
 
 @dataclass(frozen=True)

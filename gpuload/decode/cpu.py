@@ -35,7 +35,9 @@ class CpuDecoder:
 
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self._local = threading.local()  # .arena: u8[bytes], kept from call to call: fresh pages cost more than decoding
+        self._local = (
+            threading.local()
+        )  # .arena: u8[bytes], kept from call to call: fresh pages cost more than decoding
         self._lock = threading.Lock()
         self._counts = {"simplejpeg": 0, "pillow": 0, "failed": 0}
 

@@ -1,0 +1,315 @@
+"""The command line: ``gpuload ingest``, ``inspect``, ``view`` and ``demo``.
+
+Enter: arguments. Leave: tables on stdout, progress and complaints on stderr, exit code 1 with one line on an error.
+Torch and Lance are imported inside the commands, so that ``gpuload --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gpuload.errors import ConfigError, GpuloadError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpuload.batch import Batch
+    from gpuload.ingest import IngestReport
+    from gpuload.samplers import FullScanSampler
+
+_LISTED = 20  # lines of a report on stderr
+
+
+class _Group(TyperGroup):
+    """Errors of this package are one line, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GpuloadError as error:
+            _complain(f"gpuload: {error}")
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Lance datasets as batches of tensors: make one from a folder of images, look into it, try it.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"gpuload {version('gpuload')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="A folder of images, with its sub-folders.")],
+    target: Annotated[str, typer.Argument(metavar="OUT.lance", help="Path or URI of the dataset.")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV, TSV or JSONL with file_name and caption. Else metadata.csv/.jsonl, else 7.txt by 7.jpg."
+        ),
+    ] = None,
+    labels: Annotated[
+        bool | None, typer.Option("--labels/--no-labels", help="Sub-folders are classes. Default: if two or more.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write a new version of an existing dataset.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add rows to an existing dataset.")] = False,
+    fragment_rows: Annotated[int, typer.Option(min=1, help="Rows of a fragment at most.")] = 1 << 20,
+    threads: Annotated[int, typer.Option(min=1, help="Files read at a time.")] = 4,
+    storage_version: Annotated[str | None, typer.Option(help="Lance file format, for instance 2.0.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write every file left out, and why, to this CSV.")] = None,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
+) -> None:
+    """Write a folder of images as a Lance dataset: one row a file, its bytes as they are.
+
+    Captions come from --captions, else from metadata.csv or metadata.jsonl in its folders, else from 7.txt by 7.jpg.
+    """
+    from gpuload.ingest import STORAGE_VERSION, ingest
+
+    done = ingest(
+        source,
+        target,
+        captions=captions,
+        labels=labels,
+        overwrite=overwrite,
+        append=append,
+        num_threads=threads,
+        fragment_rows=fragment_rows,
+        data_storage_version=storage_version or STORAGE_VERSION,  # type: ignore[arg-type]
+        progress=progress,
+    )
+    _say_what_happened(done, report)
+
+
+def _say_what_happened(done: IngestReport, file: Path | None) -> None:
+    for what, entries in (("left out", done.left_out), ("caption not used", done.unused_captions)):
+        for path, why in entries[:_LISTED]:
+            _complain(f"{what}: {path}: {why}")
+        if len(entries) > _LISTED:
+            _complain(f"{what}: {len(entries) - _LISTED:,} more{'' if file else '; --report FILE lists them all'}")
+    if file is not None:
+        with open(file, "w", encoding="utf-8", newline="") as out:
+            rows = [("left out", *entry) for entry in done.left_out]
+            rows += [("caption not used", *entry) for entry in done.unused_captions]
+            csv.writer(out).writerows([("what", "path", "why"), *rows])
+    from gpuload.describe import size
+
+    parts = [f"{done.rows:,} rows, {size(done.bytes)} of images, in {done.seconds:,.1f} s"]
+    parts += [f"{len(done.classes):,} classes"] if done.classes else []
+    if done.without_caption is not None:
+        parts.append(f"{done.rows - done.without_caption:,} with a caption, {done.without_caption:,} without")
+    parts += [f"{len(done.left_out):,} files left out"] if done.left_out else []
+    parts += [f"{len(done.unused_captions):,} captions not used"] if done.unused_captions else []
+    print(f"{done.target}: {'; '.join(parts)}")
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
+) -> None:
+    """Show what a Lance dataset holds: columns and their roles, rows, fragments, bytes, formats and sizes of images."""
+    from gpuload.describe import columns, facts, form, image_sample
+    from gpuload.source import Source
+
+    source, console = Source(dataset), _console()
+    found = columns(source)
+    console.print(f"[bold]{_plain(source.uri)}[/bold]")
+    _table(console, ("", ""), facts(source), named=False)
+    roles = [(column.name, str(column.type), column.role, form(source, column)) for column in found]
+    _table(console, ("column", "type", "role", "in a batch"), roles)
+    for column in found:
+        if column.role == "image" and source.rows:
+            _table(console, (column.name, ""), image_sample(source, column.name))
+
+
+@app.command()
+def view(
+    dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset with images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write; its ending says the format.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 24,
+    start: Annotated[int, typer.Option(min=0, help="The first row.")] = 0,
+    image: Annotated[str | None, typer.Option(help="Column of the images. Default: the first.")] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Column of the captions. Default: a text, else the class.")
+    ] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Tiles side by side.")] = None,
+) -> None:
+    """Draw a contact sheet of a batch, decoded as for training; rows that cannot be decoded are crossed out."""
+    from gpuload.dataset import LanceDataset
+    from gpuload.describe import caption_column, class_names, image_column
+    from gpuload.sheet import contact_sheet
+    from gpuload.source import Source
+
+    source = Source(dataset)
+    image, caption = image or image_column(source), caption or caption_column(source)
+    if start >= source.rows:
+        raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")
+    wanted = list(dict.fromkeys([image, *([caption] if caption else [])]))
+    with LanceDataset(
+        dataset, columns=wanted, batch_size=rows, on_error="mask", device="cpu", sampler=_from(start)
+    ) as d:
+        batch = next(iter(d))
+    texts = [_text(value, class_names(source, caption)) for value in batch[caption]] if caption else None
+    title = f"{Path(dataset).name}, rows {int(batch.rows[0]):,} to {int(batch.rows[-1]):,}"
+    sheet = contact_sheet(batch[image], texts, valid=batch.valid, columns=columns, title=title)
+    _save(sheet, out)
+    broken = int((~batch.valid).sum())
+    print(f"{out}: {title}{f', {broken:,} not readable' if broken else ''}; column {image}, captions from {caption}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the dataset and the sheet. Default: a new one.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Generated pictures.")] = 512,
+) -> None:
+    """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
+    from gpuload.dataset import LanceDataset
+    from gpuload.demo import write_demo
+    from gpuload.sheet import contact_sheet
+    from gpuload.transforms import Image, Text
+
+    folder = out or Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
+    target = folder / "shapes.lance"
+    console, began = _console(), time.perf_counter()
+    write_demo(target, rows)
+    made = time.perf_counter() - began
+    console.print(f"[bold]{_plain(str(target))}[/bold]: {rows:,} captioned pictures, made in {made:.1f} s")
+    dataset = LanceDataset(
+        str(target),
+        columns=["image", "caption"],
+        batch_size=64,
+        shuffle="batch",
+        transforms={"image": Image(size=224, crop="random", scale=(0.6, 1), flip=0.5), "caption": Text("bytes")},
+    )
+    with dataset:
+        console.print(_plain(repr(dataset)), highlight=False)
+        first, seen, began = None, 0, time.perf_counter()
+        for batch in dataset:
+            first = batch if first is None else first
+            seen += int(batch.valid.sum())
+        seconds = time.perf_counter() - began
+        stats = dataset.stats()
+    assert first is not None  # rows is at least 1
+    _table(console, ("first batch", "dtype", "shape", "device"), _shapes(first))
+    _table(console, ("epoch", ""), [("rows/s", f"{seen / seconds:,.0f}"), ("rows", f"{seen:,}"), *_flat(stats)])
+    pairs = zip(first["caption"].cpu(), first["caption_mask"].cpu().bool(), strict=True)
+    captions = [bytes(ids[mask].tolist()).decode() for ids, mask in pairs]  # "bytes" can be read back
+    sheet = contact_sheet(first["image"][:24], captions[:24], columns=8, title="gpuload demo: the first batch")
+    _save(sheet, folder / "sheet.png")
+    console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(folder / 'sheet.png'))}[/bold]")
+
+
+def main() -> None:
+    """What the script ``gpuload`` runs."""
+    app()
+
+
+# -- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _from(start: int) -> FullScanSampler:
+    """All rows in order, beginning at row `start`."""
+    from gpuload.samplers import FullScanSampler
+
+    class From(FullScanSampler):
+        def plan(self, *args: Any, start: int = 0, **kwargs: Any) -> Any:
+            return super().plan(*args, start=start + first, **kwargs)
+
+    first = start
+    return From()
+
+
+def _text(value: Any, names: Sequence[str]) -> str | None:
+    """A caption: a text as it is, a class by its name."""
+    if value is None:
+        return None
+    if names:
+        number = int(value)
+        return names[number] if 0 <= number < len(names) else None
+    return str(value)
+
+
+def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:
+    """(column, dtype, shape, device) of what a batch holds."""
+    rows = []
+    for name, value in batch.items():
+        if hasattr(value, "dtype"):
+            rows.append((name, str(value.dtype).removeprefix("torch."), str(list(value.shape)), str(value.device)))
+        else:
+            rows.append((name, f"list of {type(value[0]).__name__}", str(len(value)), ""))
+    return rows
+
+
+def _flat(stats: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Counters and times, those of a stage with its name before them."""
+    rows: list[tuple[str, str]] = []
+    for name, value in stats.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{above}{name} ")
+        else:
+            rows.append((f"{above}{name}", f"{value:,.2f}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
+
+
+def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]], *, named: bool = True) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*head, box=box.SIMPLE_HEAD, show_header=named, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    console.print(table)
+
+
+def _save(sheet: Any, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Expected a place for a picture, for instance sheet.png, got {str(out)!r}: {error}."
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""The line, wired: `LanceDataset` takes the user's words, opens, plans, and yields batches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import tempfile
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from gpuload import resize, state
+from gpuload.batch import Batch
+from gpuload.decode import Decoder
+from gpuload.decode.cpu import MAX_PIXELS
+from gpuload.device import choose_device, deliver, describe, make_decoder, threads_here
+from gpuload.errors import ConfigError
+from gpuload.foreign import foreign_reads, raw_batches
+from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
+from gpuload.ranks import Ranks
+from gpuload.samplers import Plan, PlanSampler, make_sampler
+from gpuload.schema import Column, resolve
+from gpuload.source import Source, check_fork, lance_running
+from gpuload.stages import Clock
+from gpuload.text import Tokens
+from gpuload.transforms import Image, Text
+
+_DEFAULT: Any = object()  # to_tensor_fn was not given
+
+
+class LanceDataset(IterableDataset[Batch]):
+    """Batches of a Lance dataset: images decoded, texts tokenized, on the device, in a reproducible order.
+
+    Takes every keyword of ``lance.torch.data.LanceDataset`` with its meaning. The dataset is opened at once where
+    Lance is already in use in this process, otherwise on first need, so that a DataLoader may still fork.
+
+    Parameters
+    ----------
+    dataset : str, Path or lance.LanceDataset
+        URI, path, or an opened dataset, which pins its version.
+    batch_size : int
+        Rows of every batch but the last of an epoch.
+    columns : list of str or dict of str to str, optional
+        Names, or output name → SQL expression. All columns by default.
+    filter : str, optional
+        SQL condition, resolved once; works with every sampler.
+    samples : int, optional
+        Use this many rows, drawn once with `seed`.
+    cache : str, Path or bool, optional
+        Copy the selected rows to a temporary folder (in this folder) at first use, and read from there.
+    with_row_id, with_row_address : bool
+        Add Lance's ``_rowid``, ``_rowaddr`` as columns.
+    rank, world_size : int, optional
+        This process among all. By default from torch.distributed, else from torchrun's environment.
+    shard_granularity : {"fragment", "batch"}, optional
+        What ranks divide without a `sampler`: batches (the default, always equal) or whole fragments.
+    batch_readahead : int
+        Batches prepared ahead of the training loop; memory is bounded by it.
+    to_tensor_fn : callable or None, optional
+        Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
+    sampler : lance.sampler.Sampler, optional
+        One of gpuload's or Lance's, or your own.
+    auto_detect_rank : bool
+    dataset_options : dict, optional
+        Keywords of ``lance.dataset``: version, storage_options, ...
+    transforms : dict of str to Image or Text, optional
+    device : str or torch.device
+        ``"auto"`` is CUDA where there is a GPU.
+    decoder : str
+    on_error : {"raise", "skip", "mask"}
+        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
+    drop_last : bool
+        Leave out the rows that do not fill a batch on every rank.
+    shuffle : bool or {"row", "block", "batch"}
+        True is "row". Change the order with `set_epoch`, as with torch's DistributedSampler.
+    seed : int
+        Of the order, the sample, the crops and the flips.
+    num_threads : int, optional
+        Threads that decode; the cores this process may use by default.
+    max_pixels : int
+        Images with more are errors, judged by their header.
+
+    Raises
+    ------
+    ConfigError, DeviceError, ForkError
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *args: Any,
+        dataset_options: dict[str, Any] | None = None,
+        columns: Sequence[str] | dict[str, str] | None = None,
+        filter: str | None = None,
+        samples: int | None = 0,
+        cache: str | Path | bool | None = None,
+        with_row_id: bool = False,
+        with_row_address: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        shard_granularity: Literal["fragment", "batch"] | None = None,
+        batch_readahead: int = 4,
+        to_tensor_fn: Callable[..., Any] | None = _DEFAULT,
+        sampler: Any = None,
+        auto_detect_rank: bool = True,
+        transforms: Mapping[str, Image | Text] | None = None,
+        device: str | torch.device = "auto",
+        decoder: str = "auto",
+        on_error: Literal["raise", "skip", "mask"] = "raise",
+        drop_last: bool = False,
+        shuffle: bool | Literal["row", "block", "batch"] = False,
+        seed: int = 0,
+        num_threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "batch_readahead": batch_readahead}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"Expected {name} as an int of at least 1, got {value!r}.")
+        if on_error not in ON_ERROR:
+            raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"Expected num_threads of at least 1, got {num_threads}.")
+        self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
+        self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
+        self.transforms = dict(transforms or {})
+        self._dataset, self._cache = dataset, cache
+        self._projection: dict[str, Any] = {
+            "columns": columns,
+            "filter": filter,
+            "samples": samples or 0,
+            "seed": seed,
+            "with_row_id": with_row_id,
+            "with_row_address": with_row_address,
+            "options": dataset_options,
+        }
+        self._to_tensor_fn = to_tensor_fn
+        self._ranks = Ranks(rank, world_size, auto_detect_rank)
+        self._sampling = (sampler, shuffle, shard_granularity)
+        self._device, self._decoder_name = device, decoder
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see set_epoch
+        self._position, self._resume = state.Position(), False
+        self._source: Source | None = None
+        self._reset()
+        self.sampler  # noqa: B018 - its words are checked now
+        if lance_running() or not isinstance(dataset, (str, Path)):
+            self._open()
+        elif "://" not in str(dataset) and not os.path.exists(dataset):
+            raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got no such folder.")
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's batches of the current epoch, from the start or from where a loaded state says."""
+        check_fork()
+        epoch = self._epoch_now()
+        if not self._resume or self._position.epoch != epoch:
+            self._position = state.Position(epoch)
+        self._resume = False
+        running = self._run(self._position)
+        self._running.add(running)
+        return running
+
+    def __len__(self) -> int:
+        """Batches of this rank's epoch, the same on every rank."""
+        return len(self._plan(0))
+
+    def __repr__(self) -> str:
+        source = self._open()
+        columns = ", ".join(f"{column.name}: {column.form}" for column in self._columns)
+        return (
+            f"LanceDataset({source.uri!r}, version={source.version}, rows={source.rows}, "
+            f"batch_size={self.batch_size}, sampler={self.sampler!r}, device={describe(self.device)!r}, "
+            f"decoder={self._decode_with().name!r}, resize={resize.cpu_implementation()!r}, columns={{{columns}}})"
+        )
+
+    @property
+    def schema(self) -> Any:
+        """Arrow schema of the columns that are read."""
+        return self._open().schema
+
+    @property
+    def dataset(self) -> Any:
+        """The opened ``lance.LanceDataset``."""
+        return self._open().lance
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are."""
+        return choose_device(self._device)
+
+    @property
+    def sampler(self) -> Any:
+        """The sampler in use, with the rank and world size of now."""
+        return make_sampler(*self._sampling, *self._ranks.resolve(), self.seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration yields: other order, crops and flips. Keeps a place loaded in it."""
+        given = self._sampling[0]
+        if hasattr(given, "set_epoch"):
+            given.set_epoch(int(epoch))
+        self._epoch.fill_(int(epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that the loop took: a few scalars, ready for JSON.
+
+        Raises
+        ------
+        ConfigError
+            The sampler is a foreign one: its order cannot be entered in the middle.
+        """
+        sampler = self._planner("state_dict()")
+        position = self._position
+        if position.epoch != self._epoch_now():
+            position = state.Position(self._epoch_now())
+        return state.save(position, self._identity(sampler), sampler.world_size)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue with the batch after the saved one, at the next iteration.
+
+        Raises
+        ------
+        StateError
+            It belongs to other rows or another order; says which field differs, and both values.
+        """
+        sampler = self._planner("load_state_dict()")
+        position = state.restore(saved, self._identity(sampler), sampler.world_size, sampler.elastic)
+        self.set_epoch(position.epoch)
+        self._position, self._resume = position, True
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since this object was made: batches, rows, bad rows, images by decoder, seconds by stage."""
+        counted = ("batches", "rows", "rows_skipped", "rows_masked", "nulls", "bytes_read")
+        return {
+            "device": describe(self.device),
+            "decoder": self._decode_with().name,
+            "resize": resize.cpu_implementation(),
+            **{name: self._counts[name] for name in counted},
+            "images": self._decode_with().counts(),
+            "stages": {name: clock.read() for name, clock in self._clocks.items()},
+        }
+
+    def close(self) -> None:
+        """End what still runs and free the decoder. The dataset can be used again."""
+        for running in list(self._running):
+            running.close()
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
+    def __enter__(self) -> LanceDataset:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a DataLoader worker: rank and epoch resolved, the cache filled; threads and decoders stay behind."""
+        self._epoch_now()
+        self._fill_cache()
+        left = ("_columns", "_tokens", "_decoder", "_running", "_clocks", "_counts", "_cache_folder")
+        return {**{k: v for k, v in self.__dict__.items() if k not in left}, "_ranks": self._ranks.resolved()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._columns: list[Column] = []
+        self._cache_folder: tempfile.TemporaryDirectory[str] | None = None  # removed with this object
+        self._tokens: dict[str, Tokens] = {}
+        self._decoder: Decoder | None = None
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._counts: Counter[str] = Counter()
+        self._clocks = {"read": Clock(READ_THREADS), "decode": Clock(self.num_threads or threads_here())}
+
+    def _open(self) -> Source:
+        """The source, opened and its columns resolved on first use."""
+        check_fork()
+        if self._source is None:
+            self._source = Source(self._dataset, **self._projection)
+            if not self._source.rows and self._projection["filter"] is not None:
+                warnings.warn(f"No row matches filter={self._projection['filter']!r}.", stacklevel=3)
+        if not self._columns:
+            self._columns = resolve(self._source.schema, self.transforms, self._source.first_value)
+            self._tokens = {c.name: Tokens(c.transform) for c in self._columns if isinstance(c.transform, Text)}
+            for column in self._columns:
+                taken = f"{column.name}_mask"
+                if column.role == "text" and taken in self._source.schema.names:
+                    raise ConfigError(f"Expected the name {taken!r} free for an attention mask; rename that column.")
+        return self._source
+
+    def _run(self, position: state.Position) -> Iterator[Any]:
+        source, sampler = self._open(), self.sampler
+        self._fill_cache()
+        reads = self._reads(source, sampler, position)
+        if self._to_tensor_fn is _DEFAULT:
+            pipeline = Pipeline(
+                self._columns, self._tokens, self._decode_with(), seed=self.seed, epoch=position.epoch,
+                on_error=self.on_error, threads=self._clocks["decode"].threads, ahead=self.batch_readahead,
+                counts=self._counts, clocks=self._clocks,
+            )  # fmt: skip
+            batches: Any = ((batch.step, deliver(batch, self.device)) for batch in pipeline.run(reads))
+        else:
+            convert, function = source.hf_converter(), self._to_tensor_fn
+            batches = raw_batches(reads, function, convert, self.batch_readahead, self._clocks["read"])
+        try:
+            for step, batch in batches:
+                position.taken = step + 1 - position.before
+                yield batch
+                del batch
+        finally:
+            batches.close()
+
+    def _reads(self, source: Source, sampler: Any, position: state.Position) -> Iterator[Read]:
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        if not isinstance(sampler, PlanSampler):
+            options = (self._projection["filter"], self._projection["with_row_id"])
+            found = foreign_reads(sampler, source, self.batch_size, self.batch_readahead, *options)
+            yield from itertools.islice(found, first, None, every)
+            return
+        plan = self._plan(position.start)
+        for step in range(position.taken, len(plan)):
+            if step % every == first:
+                ranges = plan.ranges(step)
+                table = functools.partial(source.read, ranges)
+                yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
+
+    def _plan(self, start: int) -> Plan:
+        source, sampler = self._open(), self._planner("len()")
+        sampler.set_epoch(self._epoch_now())
+        plan: Plan = sampler.plan(source.rows, source.fragments, self.batch_size, drop_last=self.drop_last, start=start)
+        return plan
+
+    def _planner(self, what: str) -> Any:
+        sampler = self.sampler
+        if not isinstance(sampler, PlanSampler):
+            raise TypeError(f"Expected a gpuload sampler for {what}, got {sampler!r}, whose order nobody can foresee.")
+        return sampler
+
+    def _epoch_now(self) -> int:
+        """The epoch; a sampler that was given has the last word, but in a worker only the shared number moves."""
+        given = getattr(self._sampling[0], "_epoch", None)
+        if given is not None and get_worker_info() is None:
+            self._epoch.fill_(given)
+        return int(self._epoch)
+
+    def _identity(self, sampler: Any) -> dict[str, Any]:
+        """What a state must agree with: the dataset, and all that its order depends on."""
+        source = self._open()
+        return {
+            "uri": source.uri,
+            "dataset_version": source.version,
+            "fingerprint": source.fingerprint(),
+            "filter": self._projection["filter"],
+            "samples": self._projection["samples"],
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            **sampler.key(),
+        }
+
+    def _decode_with(self) -> Decoder:
+        if self._decoder is None:
+            self._decoder = make_decoder(self._decoder_name, self.device, self.max_pixels)
+        return self._decoder
+
+    def _fill_cache(self) -> None:
+        """Copy the rows to local storage once, before the first batch, so that an early end leaves it whole."""
+        if not self._cache or self._open().cached:
+            return
+        where = None if self._cache is True else str(self._cache)
+        self._cache_folder = tempfile.TemporaryDirectory(prefix="gpuload-cache-", dir=where)
+        self._open().use_cache(self._cache_folder.name)

@@ -1,0 +1,74 @@
+"""Other people's parts: a `lance.sampler.Sampler` of the user's own is rebatched, a `to_tensor_fn` is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gpuload.device import one_torch_thread
+from gpuload.pipeline import READ_THREADS, Read
+from gpuload.source import Source
+from gpuload.stages import Clock, ordered_map
+
+
+def foreign_reads(
+    sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None, with_row_id: bool
+) -> Iterator[Read]:
+    """Reads of exactly `batch_size` rows from the RecordBatches that the sampler yields; the last may be shorter.
+
+    Positions are Lance's row ids where the sampler gives them, else the running number of the row.
+    """
+    columns = source.request()
+    stream = sampler(
+        source.lance, batch_size=batch_size, columns=columns, filter=filter, batch_readahead=readahead,
+        with_row_id=True,
+    )  # fmt: skip
+    seen = 0
+    for step, table in enumerate(_exactly(stream, batch_size)):
+        if "_rowid" in table.schema.names:
+            rows = table.column("_rowid").to_numpy().astype(np.int64)
+        else:
+            rows = np.arange(seen, seen + len(table))
+        seen += len(table)
+        missing = [name for name in source.schema.names if name not in table.schema.names and name != "_rowid"]
+        if missing:
+            raise ValueError(f"Expected the columns {source.schema.names} from {sampler!r}, got none named {missing}.")
+        names = [name for name in table.schema.names if name != "_rowid" or with_row_id]
+        yield Read(step, rows, len(table), lambda table=table, names=names: table.select(names))
+
+
+def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size`; slices of the batches, no copy."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in stream:
+        while batch.num_rows:
+            part = batch.slice(0, size - count)
+            batch = batch.slice(part.num_rows)
+            held.append(part)
+            count += part.num_rows
+            if count == size:
+                yield pa.Table.from_batches(held)
+                held, count = [], 0
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def raw_batches(
+    reads: Iterable[Read], function: Callable[..., Any] | None, converter: Any, ahead: int, clock: Clock
+) -> Iterator[tuple[int, Any]]:
+    """(step, RecordBatch or what `function` makes of it); rows that would only fill up a rank are left out."""
+    tables = ordered_map(
+        lambda read: (read.step, read.table().slice(0, read.real)), reads,
+        threads=READ_THREADS, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
+    )  # fmt: skip
+    try:
+        for step, table in tables:
+            joined = table.combine_chunks().to_batches()
+            batch = joined[0] if joined else pa.RecordBatch.from_pylist([], schema=table.schema)
+            yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)
+    finally:
+        tables.close()

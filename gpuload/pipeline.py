@@ -1,0 +1,253 @@
+"""The line's middle: a step of the plan enters, a finished `Batch` leaves.
+
+plan ─ranges─▶ read, columns, text ─Draft─▶ slices ─▶ decode, resize ─▶ collect ─▶ Batch
+       threads: 2 (one reads while the other converts)   num_threads (one per core)   consumer's
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from gpuload import resize
+from gpuload.batch import Batch
+from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
+from gpuload.decode import Decoder
+from gpuload.device import one_torch_thread
+from gpuload.errors import DecodeError, RowError, TextError
+from gpuload.schema import Column
+from gpuload.stages import Clock, flat_map, ordered_map
+from gpuload.text import Tokens
+from gpuload.transforms import Image
+
+READ_THREADS = 2
+_SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
+_SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
+_NATIVE = Image(size=None, dtype=torch.uint8)
+ON_ERROR = ("raise", "skip", "mask")
+_COUNTED = {"skip": "rows_skipped", "mask": "rows_masked"}
+
+
+@dataclass
+class Read:
+    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get the table."""
+
+    step: int
+    rows: NDArray[np.int64]
+    real: int
+    table: Any  # () → pa.Table
+
+
+@dataclass
+class Draft:
+    """A batch that is not finished: its images are still bytes, or on their way into `out`."""
+
+    step: int
+    rows: NDArray[np.int64]
+    real: int
+    columns: dict[str, Any]
+    views: dict[str, Views] = field(default_factory=dict)
+    nulls: dict[str, torch.Tensor] = field(default_factory=dict)
+    errors: list[tuple[int, str, RowError]] = field(default_factory=list)
+    slices: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    draft: Draft
+    column: Column | None
+    lo: int = 0
+    hi: int = 0
+
+
+class Pipeline:
+    """Turns reads into batches on threads; one per iteration of a dataset, counting into the dataset's counters."""
+
+    def __init__(
+        self,
+        columns: list[Column],
+        tokens: dict[str, Tokens],
+        decoder: Decoder,
+        *,
+        seed: int,
+        epoch: int,
+        on_error: str,
+        threads: int,
+        ahead: int,
+        counts: Counter[str],
+        clocks: dict[str, Clock],
+    ) -> None:
+        self._columns, self._tokens, self._decoder = columns, tokens, decoder
+        self._images = [column for column in columns if column.role == "image"]
+        self._seed, self._epoch, self._on_error = seed, epoch, on_error
+        self._threads, self._ahead, self._counts, self._clocks = threads, max(1, ahead), counts, clocks
+        self._count_lock = threading.Lock()
+
+    def run(self, reads: Iterable[Read]) -> Iterator[Batch]:
+        """Batches in the order of `reads`. Closing the generator ends every thread."""
+        drafts = ordered_map(
+            self._prepare,
+            reads,
+            threads=READ_THREADS,
+            ahead=max(READ_THREADS, self._ahead // 2),
+            name="read",
+            clock=self._clocks["read"],
+            initializer=one_torch_thread,
+        )
+        slices = flat_map(self._cut, drafts)
+        done = ordered_map(
+            self._decode,
+            slices,
+            threads=self._threads,
+            ahead=self._ahead * 16,
+            name="decode",
+            clock=self._clocks["decode"],
+            initializer=one_torch_thread,
+        )
+        try:
+            for part in done:
+                part.draft.slices -= 1
+                if not part.draft.slices:
+                    yield self._finish(part.draft)
+                del part
+        finally:
+            done.close()
+
+    def _prepare(self, read: Read) -> Draft:
+        """Everything of a batch but its pixels."""
+        table: pa.Table = read.table()
+        draft = Draft(read.step, read.rows, read.real, {})
+        for column in self._columns:
+            data = table.column(column.name)
+            if column.role == "image":
+                draft.views[column.name] = self._views(draft, column.name, data)
+                draft.columns[column.name] = None
+            elif column.role == "text":
+                self._tokenize(draft, column.name, data)
+            elif column.role == "tensor":
+                draft.columns[column.name], nulls = to_tensor(data)
+                if nulls is not None:
+                    draft.nulls[column.name] = torch.from_numpy(nulls)
+            else:
+                draft.columns[column.name] = data.to_pylist()
+        self._count(bytes_read=table.nbytes, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
+        return draft
+
+    def _views(self, draft: Draft, name: str, data: pa.ChunkedArray) -> Views:
+        encoded, paths = image_bytes(data)
+        views = byte_views(encoded)
+        for i, path in enumerate(paths or []):  # Hugging Face images made from files store the path alone
+            if views[i] is None and path:
+                if os.path.isfile(path):
+                    views[i] = np.fromfile(path, np.uint8)
+                else:
+                    cause = f"Expected image bytes or an existing file, got no bytes and the path {path!r}"
+                    draft.errors.append((i, name, DecodeError(cause)))
+        return views
+
+    def _tokenize(self, draft: Draft, name: str, data: pa.ChunkedArray) -> None:
+        texts = [text or "" for text in strings(data)]
+        while True:
+            try:
+                ids, mask = self._tokens[name](texts)
+                break
+            except TextError as error:  # one row at a time; the others stay whole
+                draft.errors.append((error.row, name, error))
+                texts[error.row] = ""
+        draft.columns[name], draft.columns[f"{name}_mask"] = ids, mask
+
+    def _cut(self, draft: Draft) -> list[Slice]:
+        """Room for the pixels, and the slices of the batch that threads fill independently of each other."""
+        rows = max(1, min(_SLICE_ROWS, -(-len(draft.rows) // (2 * self._threads))))
+        slices: list[Slice] = []
+        for column in self._images:
+            views = draft.views[column.name]
+            draft.columns[column.name] = self._room(column, len(views))
+            lo, size = 0, 0
+            for i, view in enumerate(views):
+                size += 0 if view is None else len(view)
+                if i + 1 - lo == rows or size >= _SLICE_BYTES or i + 1 == len(views):
+                    slices.append(Slice(draft, column, lo, i + 1))
+                    lo, size = i + 1, 0
+        slices = slices or [Slice(draft, None)]
+        draft.slices = len(slices)
+        return slices
+
+    def _room(self, column: Column, rows: int) -> Any:
+        image = column.transform
+        if not isinstance(image, Image) or image.shape is None:
+            return [None] * rows
+        layout = torch.channels_last if image.channels_last else torch.contiguous_format
+        return torch.empty((rows, *image.shape), dtype=image.dtype, memory_format=layout)
+
+    def _decode(self, part: Slice) -> Slice:
+        """Pixels of one slice, into the batch."""
+        if part.column is None:
+            return part
+        draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
+        image = part.column.transform if isinstance(part.column.transform, Image) else _NATIVE
+        ragged = self._decoder.decode(draft.views[name][lo:hi], mode=image.mode, orient=image.orient)
+        draft.errors.extend((lo + i, name, error) for i, error in ragged.errors.items())
+        heights, widths = ragged.sizes()
+        regions, flips = image.regions(
+            np.maximum(heights, 1), np.maximum(widths, 1), self._seed, self._epoch, draft.rows[lo:hi]
+        )
+        out = draft.columns[name]
+        if image.shape is not None:
+            resize.resize_normalize(ragged, regions, flips, image, out[lo:hi])
+        else:
+            for i in range(hi - lo):
+                if heights[i]:
+                    out[lo + i] = resize.native(ragged, i, bool(flips[i]), image)
+        draft.views[name][lo:hi] = [None] * (hi - lo)  # the encoded bytes may go
+        return part
+
+    def _finish(self, draft: Draft) -> Batch:
+        """The policy for bad rows, and the batch."""
+        for column in self._images:
+            if isinstance(draft.columns[column.name], list):
+                draft.columns[column.name] = _stacked(draft.columns[column.name], column.transform)
+        valid = np.arange(len(draft.rows)) < draft.real
+        bad = np.zeros(len(draft.rows), np.bool_)
+        errors: dict[int, tuple[str, RowError]] = {}
+        for i, name, error in draft.errors:
+            errors.setdefault(i, (name, error))  # a missing file beats the null that it left
+            bad[i] = True
+        if errors and self._on_error == "raise":
+            i = min(errors)
+            name, error = errors[i]
+            hint = 'Set on_error="skip" or "mask" to go on without the row.'
+            raise error.at(int(draft.rows[i]), name, hint)
+        counted = int((bad & valid).sum())
+        self._count(batches=1, rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
+        batch = Batch(
+            draft.columns,
+            torch.from_numpy(draft.rows),
+            torch.from_numpy(valid & ~bad),
+            self._epoch,
+            draft.step,
+            draft.nulls,
+        )
+        return batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
+
+    def _count(self, **numbers: int) -> None:
+        with self._count_lock:
+            self._counts.update(numbers)
+
+
+def _stacked(images: list[torch.Tensor | None], transform: Any) -> Any:
+    """One tensor where all sizes agree, else the list; what could not be decoded becomes zeros."""
+    image = transform if isinstance(transform, Image) else _NATIVE
+    shapes = {tuple(pixels.shape) for pixels in images if pixels is not None}
+    blank = next(iter(shapes)) if len(shapes) == 1 else (image.channels, 1, 1)
+    filled = [torch.zeros(blank, dtype=image.dtype) if pixels is None else pixels for pixels in images]
+    return torch.stack(filled) if len(shapes) <= 1 and filled else filled
