@@ -10,6 +10,7 @@ import csv
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,15 +52,17 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from gpuload import __version__
 
-        print(f"gpuload {version('gpuload')}")
+        print(f"gpuload {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
 ) -> None: ...
 
 
@@ -165,7 +168,7 @@ def view(
     from gpuload.source import Source
 
     source = Source(dataset)
-    image, caption = image or image_column(source), caption or caption_column(source)
+    image, caption = image_column(source, image), caption or caption_column(source)
     if start >= source.rows:
         raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")
     wanted = list(dict.fromkeys([image, *([caption] if caption else [])]))
@@ -173,7 +176,7 @@ def view(
         dataset, columns=wanted, batch_size=rows, on_error="mask", device="cpu", sampler=_from(start)
     ) as d:
         batch = next(iter(d))
-    texts = [_text(value, class_names(source, caption)) for value in batch[caption]] if caption else None
+    texts = _texts(batch, caption, class_names(source, caption)) if caption else None
     title = f"{Path(dataset).name}, rows {int(batch.rows[0]):,} to {int(batch.rows[-1]):,}"
     sheet = contact_sheet(batch[image], texts, valid=batch.valid, columns=columns, title=title)
     _save(sheet, out)
@@ -203,19 +206,21 @@ def demo(
         columns=["image", "caption"],
         batch_size=64,
         shuffle="batch",
-        transforms={"image": Image(size=224, crop="random", scale=(0.6, 1), flip=0.5), "caption": Text("bytes")},
+        transforms={"image": Image(size=224, crop="random", scale=(0.7, 1), flip=0.5), "caption": Text("bytes")},
     )
     with dataset:
-        console.print(_plain(repr(dataset)), highlight=False)
-        first, seen, began = None, 0, time.perf_counter()
-        for batch in dataset:
-            first = batch if first is None else first
-            seen += int(batch.valid.sum())
+        began, batches = time.perf_counter(), iter(dataset)
+        first = next(batches)
+        deque(batches, maxlen=0)
         seconds = time.perf_counter() - began
         stats = dataset.stats()
-    assert first is not None  # rows is at least 1
     _table(console, ("first batch", "dtype", "shape", "device"), _shapes(first))
-    _table(console, ("epoch", ""), [("rows/s", f"{seen / seconds:,.0f}"), ("rows", f"{seen:,}"), *_flat(stats)])
+    stages = stats.pop("stages")
+    rate = f"{stats['rows'] / seconds:,.0f}"
+    _table(console, ("epoch", ""), [("rows/s", rate), ("seconds", f"{seconds:.2f}"), *_flat(stats)])
+    head = list(next(iter(stages.values())))
+    cells = [(name, *(f"{clock[key]:,.2f}".removesuffix(".00") for key in head)) for name, clock in stages.items()]
+    _table(console, ("stage", *head), cells)
     pairs = zip(first["caption"].cpu(), first["caption_mask"].cpu().bool(), strict=True)
     captions = [bytes(ids[mask].tolist()).decode() for ids, mask in pairs]  # "bytes" can be read back
     sheet = contact_sheet(first["image"][:24], captions[:24], columns=8, title="gpuload demo: the first batch")
@@ -243,14 +248,12 @@ def _from(start: int) -> FullScanSampler:
     return From()
 
 
-def _text(value: Any, names: Sequence[str]) -> str | None:
-    """A caption: a text as it is, a class by its name."""
-    if value is None:
-        return None
-    if names:
-        number = int(value)
-        return names[number] if 0 <= number < len(names) else None
-    return str(value)
+def _texts(batch: Batch, name: str, classes: Sequence[str]) -> list[str | None]:
+    """Captions: texts as they are, classes by their names, None for a null."""
+    nulls = batch.nulls[name].tolist() if name in batch.nulls else [False] * batch.size
+    values = [None if null else value for null, value in zip(nulls, batch[name], strict=True)]
+    named = dict(enumerate(classes))
+    return [None if value is None else named.get(int(value)) if classes else str(value) for value in values]
 
 
 def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:
@@ -265,13 +268,13 @@ def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:
 
 
 def _flat(stats: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Counters and times, those of a stage with its name before them."""
+    """Counters and names as text, nested ones with the name they lie under."""
     rows: list[tuple[str, str]] = []
     for name, value in stats.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{above}{name} ")
+            rows += _flat(value, f"{above}{name}: ")
         else:
-            rows.append((f"{above}{name}", f"{value:,.2f}" if isinstance(value, float) else str(value)))
+            rows.append((f"{above}{name}", value if isinstance(value, str) else f"{value:,}"))
     return rows
 
 

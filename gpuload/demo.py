@@ -134,8 +134,8 @@ def _draw(rng: random.Random, first: _Shape, second: _Shape, place: str, backgro
     dx, dy = math.cos(angle) * gap * turn, math.sin(angle) * gap * turn
     left, right = min(dx - radii[0], -dx - radii[1]), max(dx + radii[0], -dx + radii[1])
     top, bottom = min(dy - radii[0], -dy - radii[1]), max(dy + radii[0], -dy + radii[1])
-    x = rng.uniform(-left + 4, max(width - right - 4, -left + 4))
-    y = rng.uniform(-top + 4, max(height - bottom - 4, -top + 4))
+    x = rng.triangular(-left + 4, max(width - right - 4, -left + 4))  # rather in the middle: crops keep more of it
+    y = rng.triangular(-top + 4, max(height - bottom - 4, -top + 4))
     for shape, radius, sign in zip((first, second), radii, (1, -1), strict=True):
         _put(rng, picture, shape, (x + sign * dx, y + sign * dy), radius)
     return picture

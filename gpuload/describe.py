@@ -94,13 +94,14 @@ def class_names(source: Source, name: str) -> list[str]:
         return []
 
 
-def image_column(source: Source) -> str:
-    """The first column of images."""
+def image_column(source: Source, name: str | None = None) -> str:
+    """The column of images with this name, or the first."""
     found = columns(source)
     for column in found:
-        if column.role == "image":
+        if column.role == "image" and name in (None, column.name):
             return column.name
-    raise ConfigError(f"Expected a column of images in {source.uri!r}, found {[c.name for c in found]}.")
+    wanted = "a column of images" if name is None else f"{name!r} as a column of images"
+    raise ConfigError(f"Expected {wanted} in {source.uri!r}, found {[f'{c.name} ({c.role})' for c in found]}.")
 
 
 def caption_column(source: Source) -> str | None:

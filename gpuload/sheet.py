@@ -47,7 +47,7 @@ def contact_sheet(
     valid : bool[B], optional
         False marks the tile as a row that could not be read.
     columns : int, optional
-        Tiles side by side; about twice as many as rows by default.
+        Tiles side by side; by default about twice as many as one below the other.
     mean, std : sequence of float, optional
         What `Image` was given, to be undone.
     """
@@ -56,7 +56,7 @@ def contact_sheet(
     good = [bool(v) for v in valid] if valid is not None else [True] * count
     if not count == len(texts) == len(good):
         raise ConfigError(f"Expected one caption and one mark an image, got {len(texts)}, {len(good)} for {count}.")
-    columns = columns or max(1, min(count, round((2 * count) ** 0.5)))
+    columns = columns or _columns(count)
     line, head = TEXT_SIZE + 4, 34 if title else 0
     said = [_say(text) for text in texts]
     fonts = [_font(text, TEXT_SIZE) for text in said]
@@ -77,6 +77,12 @@ def contact_sheet(
                 draw.text(place, text, FAINT if texts[i] is None else INK, fonts[i])
         top += height
     return sheet
+
+
+def _columns(count: int) -> int:
+    """About twice as many columns as rows, and few places empty in the last row."""
+    wide = max(1, min(count, round((2 * count) ** 0.5)))
+    return min(range(max(1, wide - 2), wide + 3), key=lambda columns: (-count % columns, abs(columns - wide)))
 
 
 def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
