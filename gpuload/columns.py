@@ -57,7 +57,8 @@ def strings(column: pa.ChunkedArray) -> list[str | None]:
     """The texts of a string column, plain or dictionary-encoded."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return column.to_pylist()
+    texts: list[str | None] = column.to_pylist()
+    return texts
 
 
 def has_tensor(kind: pa.DataType) -> bool:
@@ -68,7 +69,7 @@ def has_tensor(kind: pa.DataType) -> bool:
         return True
     if pa.types.is_fixed_size_list(kind):
         return has_tensor(kind.value_type)
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def to_tensor(column: pa.ChunkedArray) -> tuple[torch.Tensor, NDArray[np.bool_] | None]:
@@ -95,7 +96,7 @@ def to_tensor(column: pa.ChunkedArray) -> tuple[torch.Tensor, NDArray[np.bool_] 
         tensor[torch.from_numpy(null)] = float("nan")
         return tensor, None
     tensor[torch.from_numpy(null)] = 0
-    return tensor, null.reshape(len(null), -1).any(axis=1)
+    return tensor, np.asarray(null.reshape(len(null), -1).any(axis=1), np.bool_)
 
 
 def storage(array: pa.Array) -> pa.Array:

@@ -146,9 +146,11 @@ class LanceDataset(IterableDataset[Batch]):
         self._ranks = Ranks(rank, world_size, auto_detect_rank)
         self._sampling = (sampler, shuffle, shard_granularity)
         self._device, self._decoder_name = device, decoder
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see set_epoch
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist see set_epoch
         self._position, self._resume = state.Position(), False
         self._source: Source | None = None
+        self._decoder: Decoder | None = None
         self._reset()
         self.sampler  # noqa: B018 - its words are checked now
         if lance_running() or not isinstance(dataset, (str, Path)):
@@ -275,7 +277,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._columns: list[Column] = []
         self._cache_folder: tempfile.TemporaryDirectory[str] | None = None  # removed with this object
         self._tokens: dict[str, Tokens] = {}
-        self._decoder: Decoder | None = None
+        self._decoder = None
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()
         self._counts: Counter[str] = Counter()
         self._clocks = {"read": Clock(READ_THREADS), "decode": Clock(self.num_threads or threads_here())}

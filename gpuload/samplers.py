@@ -8,7 +8,7 @@ short are filled up with rows they had before, marked as such.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,7 +83,7 @@ class Plan:
         return np.concatenate(parts)
 
 
-class PlanSampler(LanceSampler):  # type: ignore[misc]
+class PlanSampler(LanceSampler):
     """What the samplers below share: a place among the ranks, a seed, an epoch, and Lance's own protocol."""
 
     elastic: ClassVar[bool] = True  # whether the order is the same for every world size
@@ -131,7 +131,7 @@ class PlanSampler(LanceSampler):  # type: ignore[misc]
 
     def __call__(
         self,
-        dataset: Any,
+        ds: Any,
         *args: Any,
         batch_size: int = 128,
         columns: list[str] | dict[str, str] | None = None,
@@ -139,9 +139,9 @@ class PlanSampler(LanceSampler):  # type: ignore[misc]
         batch_readahead: int = 16,
         with_row_id: bool | None = False,
         **kwargs: Any,
-    ) -> Iterator[pa.RecordBatch]:
+    ) -> Generator[pa.RecordBatch, None, None]:
         """Lance's protocol: the rows of this rank as RecordBatches of `batch_size`, without fill-up rows."""
-        source = Source(dataset, columns, filter, with_row_id=bool(with_row_id))
+        source = Source(ds, columns, filter, with_row_id=bool(with_row_id))
         plan = self.plan(source.rows, source.fragments, batch_size)
         for step in range(len(plan)):
             _, real = plan.size(step)

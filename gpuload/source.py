@@ -176,7 +176,8 @@ class Source:
         if not 0 < samples < left:
             return selected
         drawn = np.sort(Permutation(left, seed)(np.arange(samples)))
-        return drawn if selected is None else selected[drawn]
+        chosen: NDArray[np.int64] = drawn if selected is None else selected[drawn]
+        return chosen
 
     def _matching(self, filter: str, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the rows that match, from their addresses: (fragment id << 32) + offset before deletions."""
@@ -196,7 +197,7 @@ class Source:
                 live = fragments[f].scanner(columns=[], with_row_address=True).to_table().column("_rowaddr")
                 here = which == f
                 offset[here] = np.searchsorted(np.sort(live.to_numpy().astype(np.int64)), address[here])
-        return np.sort(starts[which] + offset)
+        return np.sort(np.asarray(starts[which] + offset, np.int64))
 
 
 def expand(ranges: Ranges) -> NDArray[np.int64]:

@@ -109,7 +109,7 @@ class Image:
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of the output, None where every image keeps its own size."""
-        return None if self.size is None else (self.channels, *self.size)  # type: ignore[misc, return-value]
+        return None if self.size is None else (self.channels, *self.size)  # type: ignore[misc]
 
     def scale_shift(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, shift) per channel so that ``pixel * scale + shift`` is the output, pixel in 0..255."""
@@ -138,12 +138,13 @@ class Image:
         """
         h, w = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
         draws = uniform(seed, epoch, rows, 3 + 2 * _TRIES)
-        flips = draws[:, 0] < self.flip
+        flips: NDArray[np.bool_] = draws[:, 0] < self.flip
+        half = np.full(len(h), 0.5)
         if self.crop == "none" or self.size is None:
-            rw, rh, fx, fy = w, h, 0.0, 0.0
+            rw, rh, fx, fy = w, h, half, half
         elif self.crop == "center":
             rw, rh = self._fit(h, w)
-            rw, rh, fx, fy = rw * self.crop_ratio, rh * self.crop_ratio, 0.5, 0.5
+            rw, rh, fx, fy = rw * self.crop_ratio, rh * self.crop_ratio, half, half
         else:
             rw, rh, drawn = self._draw(h, w, draws[:, 3:])
             fx, fy = np.where(drawn, draws[:, 1], 0.5), np.where(drawn, draws[:, 2], 0.5)
@@ -164,8 +165,8 @@ class Image:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = np.exp(low + draws[:, 1::2] * (high - low))
         rw, rh = np.sqrt(area * ratio), np.sqrt(area / ratio)  # f64[N, tries]
-        fits = (rw <= w[:, None]) & (rh <= h[:, None])
-        first, drawn = fits.argmax(axis=1), fits.any(axis=1)
+        fits: NDArray[np.bool_] = (rw <= w[:, None]) & (rh <= h[:, None])
+        first, drawn = fits.argmax(axis=1), np.asarray(fits.any(axis=1), np.bool_)
         pick = np.arange(len(h))
         clipped = np.clip(w / h, self.ratio[0], self.ratio[1])
         whole_w, whole_h = np.minimum(w, h * clipped), np.minimum(h, w / clipped)

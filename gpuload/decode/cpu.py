@@ -11,6 +11,7 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
+from PIL import UnidentifiedImageError
 
 from gpuload.decode import IMAGE_ROW, Ragged
 from gpuload.decode.header import jpeg_orientation, sniff, valid_orientation
@@ -121,7 +122,7 @@ class CpuDecoder:
                 pixels = _to_uint8(image)
         except DecodeError:
             raise
-        except pillow.UnidentifiedImageError:
+        except UnidentifiedImageError:
             got = f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
             raise DecodeError(f"Expected {_whole(view)}, got {got}") from None
         except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
