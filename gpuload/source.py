@@ -205,7 +205,8 @@ def expand(ranges: Ranges) -> NDArray[np.int64]:
     ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
     lengths = ranges[:, 1] - ranges[:, 0]
     before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
+    members: NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
+    return members
 
 
 def coalesce(positions: NDArray[np.int64]) -> Ranges:
