@@ -115,18 +115,21 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
         if len(entries) > _LISTED:
             _complain(f"{what}: {len(entries) - _LISTED:,} more{'' if file else '; --report FILE lists them all'}")
     if file is not None:
-        with open(file, "w", encoding="utf-8", newline="") as out:
-            rows = [("left out", *entry) for entry in done.left_out]
-            rows += [("caption not used", *entry) for entry in done.unused_captions]
-            csv.writer(out).writerows([("what", "path", "why"), *rows])
+        rows = [("left out", *entry) for entry in done.left_out]
+        rows += [("caption not used", *entry) for entry in done.unused_captions]
+        try:
+            with open(file, "w", encoding="utf-8", newline="") as out:
+                csv.writer(out).writerows([("what", "path", "why"), *rows])
+        except OSError as error:
+            raise ConfigError(f"Expected a place for the report, got {str(file)!r}: {error.strerror}.") from error
     from gpuload.describe import size
 
     parts = [f"{done.rows:,} rows, {size(done.bytes)} of images, in {done.seconds:,.1f} s"]
     parts += [f"{len(done.classes):,} classes"] if done.classes else []
     if done.without_caption is not None:
         parts.append(f"{done.rows - done.without_caption:,} with a caption, {done.without_caption:,} without")
-    parts += [f"{len(done.left_out):,} files left out"] if done.left_out else []
-    parts += [f"{len(done.unused_captions):,} captions not used"] if done.unused_captions else []
+    parts += [f"files left out: {len(done.left_out):,}"] if done.left_out else []
+    parts += [f"captions not used: {len(done.unused_captions):,}"] if done.unused_captions else []
     print(f"{done.target}: {'; '.join(parts)}")
 
 

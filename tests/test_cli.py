@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import gpuload.errors
 from gpuload.cli import app
+from gpuload.demo import BACKGROUNDS, pictures
 from gpuload.sheet import GAP
 
 Run = Callable[..., Result]
@@ -62,7 +63,7 @@ def test_ingest_reports_on_stderr_and_sums_up_on_stdout(folder: Path, run: Run) 
     assert result.exit_code == 0
     assert "left out: red/broken.jpg: not an image: 6 bytes starting 3c68746d6c3e" in result.stderr
     assert "7/7 files" in result.stderr
-    assert re.search(r"x\.lance: 6 rows, .*; 3 classes; 3 with a caption, 3 without; 1 files left out$", result.stdout)
+    assert re.search(r"x\.lance: 6 rows, .*; 3 classes; 3 with a caption, 3 without; files left out: 1$", result.stdout)
     assert (folder.parent / "report.csv").read_text().splitlines() == [
         "what,path,why",
         "left out,red/broken.jpg,not an image: 6 bytes starting 3c68746d6c3e",
@@ -188,6 +189,19 @@ def test_demo_loads_an_epoch_and_draws_it(tmp_path: Path, run: Run) -> None:
         assert sheet.width > 8 * 224
 
 
+def test_demo_pictures_are_a_function_of_the_seed_with_captions_of_their_own() -> None:
+    first, again, other = list(pictures(40, seed=3)), list(pictures(25, seed=3)), list(pictures(40, seed=4))
+    assert [text for _, text in first[:25]] == [text for _, text in again]
+    assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(first, again, strict=False))
+    assert len({text for _, text in first}) == 40
+    assert [text for _, text in first] != [text for _, text in other]
+    for picture, text in first:
+        assert 256 <= min(picture.size) <= max(picture.size) <= 512
+        wanted = BACKGROUNDS[text.split(" on a ")[1].removesuffix(" background")]
+        found = np.median(np.asarray(picture).reshape(-1, 3), axis=0)  # the shapes cover less than half
+        assert np.abs(found - wanted).max() < 20
+
+
 def test_version(run: Run) -> None:
     assert run("--version").stdout == f"gpuload {gpuload.__version__}\n"
 
@@ -199,6 +213,7 @@ package = sys.modules["gpuload"] = types.ModuleType("gpuload")
 package.__path__ = [sys.argv[1]]
 import gpuload.errors
 from gpuload.cli import app
+from gpuload.demo import BACKGROUNDS, pictures
 try: app(["--help"])
 except SystemExit: print(sorted({"torch", "lance", "pyarrow", "numpy"} & set(sys.modules)))"""
     folder = str(Path(gpuload.errors.__file__).parent)
