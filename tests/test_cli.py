@@ -211,9 +211,7 @@ def test_as_a_program() -> None:
     code = """import sys, types
 package = sys.modules["gpuload"] = types.ModuleType("gpuload")
 package.__path__ = [sys.argv[1]]
-import gpuload.errors
 from gpuload.cli import app
-from gpuload.demo import BACKGROUNDS, pictures
 try: app(["--help"])
 except SystemExit: print(sorted({"torch", "lance", "pyarrow", "numpy"} & set(sys.modules)))"""
     folder = str(Path(gpuload.errors.__file__).parent)
