@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
+from gpuload import malloc
 from gpuload.errors import ConfigError, ForkError
 from gpuload.permutation import Permutation
 from gpuload.projection import Field, project
@@ -67,6 +68,7 @@ class Source:
         options: dict[str, Any] | None = None,
     ) -> None:
         check_fork()
+        malloc.tune()
         self.lance = _open(dataset, options or {})
         self.uri, self.version = str(self.lance.uri), int(self.lance.version)
         extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
@@ -124,19 +126,20 @@ class Source:
         return HuggingFaceConverter(json.loads(raw)) if raw else None
 
     def first_value(self, name: str) -> Any:
-        """The first value of a column that is not null, as an Arrow scalar; None where there is none.
+        """The first value of a binary column that is neither null nor empty, as an Arrow scalar; None without one.
 
-        Looks at the first rows, then lets Lance search.
+        Looks at the first row, then at sixteen, then lets Lance search.
         """
-        head = self.read(np.array([[0, min(self.rows, 16)]])).column(name)
-        head = head.drop_null()
-        if len(head) or self.rows <= 16:
-            return head[0] if len(head) else None
+        for rows in (1, 16):
+            head = self.read(np.array([[0, min(self.rows, rows)]])).column(name)
+            found = next((value for value in head.drop_null() if len(value.as_py())), None)
+            if found is not None or self.rows <= rows:
+                return found
         field = next(f for f in self._fields if f.name == name)
         if field.blob:
             return None
-        found = self.lance.to_table(columns={name: field.expression}, filter=f"{field.expression} IS NOT NULL", limit=1)
-        return found.column(0)[0] if len(found) else None
+        rest = self.lance.to_table(columns={name: field.expression}, filter=f"{field.expression} IS NOT NULL", limit=1)
+        return rest.column(0)[0] if len(rest) else None
 
     @property
     def cached(self) -> bool:
