@@ -95,7 +95,7 @@ def to_tensor(column: pa.ChunkedArray) -> tuple[torch.Tensor, NDArray[np.bool_] 
     if tensor.is_floating_point():
         tensor[torch.from_numpy(null)] = float("nan")
         return tensor, None
-    tensor[torch.from_numpy(null)] = 0
+    tensor.numpy()[null] = 0  # torch's own masked_fill does not know uint16, uint32 and uint64
     return tensor, np.asarray(null.reshape(len(null), -1).any(axis=1), np.bool_)
 
 
