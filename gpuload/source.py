@@ -136,9 +136,12 @@ class Source:
             if found is not None or self.rows <= rows:
                 return found
         field = next(f for f in self._fields if f.name == name)
+        known = f"{field.expression} IS NOT NULL"
         if field.blob:
-            return None
-        rest = self.lance.to_table(columns={name: field.expression}, filter=f"{field.expression} IS NOT NULL", limit=1)
+            first = self.lance.scanner(columns=[], filter=known, with_row_address=True, limit=1).to_table()
+            blobs = self.lance.read_blobs(field.path[0], addresses=first["_rowaddr"].to_pylist()) if len(first) else []
+            return pa.scalar(blobs[0][1], pa.large_binary()) if blobs else None
+        rest = self.lance.to_table(columns={name: field.expression}, filter=known, limit=1)
         return rest.column(0)[0] if len(rest) else None
 
     @property
