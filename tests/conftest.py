@@ -1,0 +1,81 @@
+"""Fixtures: the device to test on, Lance datasets made on disk, and a watch on threads that stay behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and none may wait for one
+
+import lance
+import pyarrow as pa
+import pytest
+import torch
+from making import captions, encode, picture
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `gpu` is skipped without one, and fails instead where GPULOAD_REQUIRE_GPU=1."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        reason = f"needs a CUDA device, torch {torch.__version__} sees none"
+        if os.environ.get("GPULOAD_REQUIRE_GPU") == "1":
+            pytest.fail(f"GPULOAD_REQUIRE_GPU=1, but this test {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device a `LanceDataset` is asked for, one after the other."""
+    return str(request.param)
+
+
+def gpuload_threads(patience: float = 5.0) -> list[str]:
+    """Names of the threads that gpuload started and that are still there after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        alive = [thread.name for thread in threading.enumerate() if thread.name.startswith("gpuload-")]
+        if not alive or time.monotonic() > end:
+            return alive
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    """Whatever a test does to a dataset, its threads end with it."""
+    yield
+    assert not gpuload_threads(), "gpuload's threads outlived the test"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., str]:
+    """``store(columns, **lance_options) -> path``: a table, or a dict of column → values, as a Lance dataset."""
+    made = 0
+
+    def write(columns: pa.Table | dict[str, Any], **options: Any) -> str:
+        nonlocal made
+        made += 1
+        table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+        path = str(tmp_path / f"{made}.lance")
+        lance.write_dataset(table, path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 50 JPEG pictures of many sizes, their captions and numbers, in fragments of 7 rows.
+
+    Columns: image (binary), prompt (string), number (int64, the row's position).
+    """
+    pictures = [picture(24 + 5 * (i % 7), 20 + 3 * (i % 11), seed=i) for i in range(50)]
+    table = pa.table(
+        {"image": [encode(p, "JPEG", quality=90) for p in pictures], "prompt": captions(50), "number": range(50)}
+    )
+    path = str(tmp_path_factory.mktemp("photos") / "photos.lance")
+    lance.write_dataset(table, path, max_rows_per_file=7)
+    return path

@@ -1,0 +1,88 @@
+"""What the tests are made of: pictures, their files in many formats, captions, and Pillow's opinion of them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from numpy.typing import NDArray
+
+_WORDS = ["a", "photo", "of", "the", "red", "fox", "under", "tall", "grass,", "très", "élégant", "山", "und", "Fluß"]
+
+
+def picture(height: int, width: int, seed: int = 0, mode: str = "RGB") -> PIL.Image.Image:
+    """A picture with slopes, some texture and no symmetry."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    smooth = PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC)
+    grain = generator.integers(-12, 13, (height, width, 4))
+    pixels = np.clip(np.asarray(smooth).astype(np.int64) + grain, 0, 255).astype(np.uint8)
+    found = PIL.Image.fromarray(pixels)  # RGBA
+    return found if mode == "RGBA" else found.convert("RGB").convert(mode)
+
+
+def encode(image: PIL.Image.Image, kind: str, orientation: int = 1, **options: Any) -> bytes:
+    """The file, with an EXIF orientation if it is not 1."""
+    if orientation != 1:
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg(height: int = 24, width: int = 32, seed: int = 0, **options: Any) -> bytes:
+    return encode(picture(height, width, seed), "JPEG", **options)
+
+
+def png(height: int, width: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG file put together by hand, for the kinds that Pillow reads but does not write.
+
+    `colour` is 0 gray, 2 RGB, 4 gray with alpha, 6 RGBA; `rows` holds the samples, big-endian, without filter bytes.
+    """
+    pitch = len(rows) // height if height else 0
+    filtered = b"".join(b"\0" + rows[i * pitch : (i + 1) * pitch] for i in range(height)) if rows else b""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered)), (b"IEND", b""))
+    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def claiming(data: bytes, height: int, width: int) -> bytes:
+    """The same baseline JPEG file, its header saying another size."""
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def by_pillow(data: bytes, mode: str = "RGB", orient: bool = True) -> NDArray[np.uint8]:
+    """u8[C, H, W]: what Pillow makes of a file."""
+    with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:
+        warnings.simplefilter("ignore")  # "Palette images with Transparency expressed in bytes should be ..."
+        turned = PIL.ImageOps.exif_transpose(image) if orient else image
+        pixels = np.asarray(turned.convert(mode))
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def captions(count: int, longest: int = 12) -> list[str]:
+    """Captions of 1 to `longest` words, no two alike."""
+    generator = np.random.default_rng(count)
+    return [f"{i} " + " ".join(generator.choice(_WORDS, generator.integers(0, longest))) for i in range(count)]
+
+
+def by_row(batches: Any, column: str) -> dict[int, Any]:
+    """Row position → its value of `column`, of the rows that count."""
+    found: dict[int, Any] = {}
+    for batch in batches:
+        for row, ok, value in zip(batch.rows.tolist(), batch.valid.tolist(), batch[column], strict=True):
+            if ok:
+                assert row not in found, f"row {row} came twice"
+                found[row] = value.cpu() if isinstance(value, torch.Tensor) else value
+    return found
