@@ -91,6 +91,7 @@ class Pipeline:
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
         self._threads, self._ahead, self._counts, self._clocks = threads, max(1, ahead), counts, clocks
         self._count_lock = threading.Lock()
+        self._in_flight = 0  # batches being decoded, or decoded and not yet taken
 
     def run(self, reads: Iterable[Read]) -> Iterator[Batch]:
         """Batches in the order of `reads`. Closing the generator ends every thread."""
@@ -103,12 +104,11 @@ class Pipeline:
             clock=self._clocks["read"],
             initializer=one_torch_thread,
         )
-        slices = flat_map(self._cut, drafts)
+        slices = flat_map(self._cut, drafts, lambda: self._in_flight < self._ahead)
         done = ordered_map(
             self._decode,
             slices,
             threads=self._threads,
-            ahead=self._ahead * 16,
             name="decode",
             clock=self._clocks["decode"],
             initializer=one_torch_thread,
@@ -117,6 +117,7 @@ class Pipeline:
             for part in done:
                 part.draft.slices -= 1
                 if not part.draft.slices:
+                    self._in_flight -= 1
                     yield self._finish(part.draft)
                 del part
         finally:
@@ -180,6 +181,7 @@ class Pipeline:
                     lo, size = i + 1, 0
         slices = slices or [Slice(draft, None)]
         draft.slices = len(slices)
+        self._in_flight += 1
         return slices
 
     def _room(self, column: Column, rows: int) -> Any:

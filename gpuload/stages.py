@@ -5,6 +5,7 @@ Nothing runs but when the consumer pulls, so there is no feeder thread, and clos
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -44,8 +45,8 @@ class ordered_map(Generic[T, R], Iterator[R]):
         Pulled only by the thread that iterates. An `ordered_map` is asked whether it is ready before it is
         pulled, so that a slow stage never holds up results that are there.
     threads : int
-    ahead : int
-        At most this many items are running or finished and not yet taken.
+    ahead : int, optional
+        At most this many items are running or finished and not yet taken; without it, what `items` admits.
     name : str
         Of the threads: ``gpuload-<name>_0``. An exception gets a note with it.
     clock : Clock, optional
@@ -62,13 +63,13 @@ class ordered_map(Generic[T, R], Iterator[R]):
         items: Iterable[T],
         *,
         threads: int,
-        ahead: int,
+        ahead: int | None = None,
         name: str,
         clock: Clock | None = None,
         initializer: Callable[[], Any] | None = None,
     ) -> None:
         self._fn, self._items, self._name = fn, iter(items), name
-        self._ahead = max(ahead, 1)
+        self._ahead = sys.maxsize if ahead is None else max(ahead, 1)
         self._clock = clock or Clock(threads)
         self._pending: deque[Future[R]] = deque()
         self._exhausted = False
@@ -136,10 +137,16 @@ class ordered_map(Generic[T, R], Iterator[R]):
 
 
 class flat_map(Generic[T, R], Iterator[R]):
-    """The parts of every item, one after the other; as ready and as closable as the stage it pulls from."""
+    """The parts of every item, one after the other; as ready and as closable as the stage it pulls from.
 
-    def __init__(self, parts: Callable[[T], Iterable[R]], items: ordered_map[Any, T]) -> None:
-        self._parts, self._items = parts, items
+    `admit` says whether the next item may be taken yet. It holds the next stage back only while that one has
+    something to wait for, so it cannot block for ever.
+    """
+
+    def __init__(
+        self, parts: Callable[[T], Iterable[R]], items: ordered_map[Any, T], admit: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._parts, self._items, self._admit = parts, items, admit
         self._left: deque[R] = deque()
 
     def __next__(self) -> R:
@@ -148,7 +155,7 @@ class flat_map(Generic[T, R], Iterator[R]):
         return self._left.popleft()
 
     def ready(self) -> bool:
-        return bool(self._left) or self._items.ready()
+        return bool(self._left) or (self._admit() and self._items.ready())
 
     def close(self) -> None:
         self._left.clear()
