@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
+import shutil
 import tempfile
 import warnings
 import weakref
@@ -171,7 +173,7 @@ class LanceDataset(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Batches of this rank's epoch, the same on every rank."""
-        return len(self._plan(0))
+        return len(self._plan(state.Position(self._epoch_now())))
 
     def __repr__(self) -> str:
         source = self._open()
@@ -266,7 +268,7 @@ class LanceDataset(IterableDataset[Batch]):
         """For a DataLoader worker: rank and epoch resolved, the cache filled; threads and decoders stay behind."""
         self._epoch_now()
         self._fill_cache()
-        left = ("_columns", "_tokens", "_decoder", "_running", "_clocks", "_counts", "_cache_folder")
+        left = ("_columns", "_tokens", "_decoder", "_running", "_clocks", "_counts")
         return {**{k: v for k, v in self.__dict__.items() if k not in left}, "_ranks": self._ranks.resolved()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -275,7 +277,6 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _reset(self) -> None:
         self._columns: list[Column] = []
-        self._cache_folder: tempfile.TemporaryDirectory[str] | None = None  # removed with this object
         self._tokens: dict[str, Tokens] = {}
         self._decoder = None
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -328,17 +329,19 @@ class LanceDataset(IterableDataset[Batch]):
             found = foreign_reads(sampler, source, self.batch_size, self.batch_readahead, *options)
             yield from itertools.islice(found, first, None, every)
             return
-        plan = self._plan(position.start)
+        plan = self._plan(position)
         for step in range(position.taken, len(plan)):
             if step % every == first:
                 ranges = plan.ranges(step)
                 table = functools.partial(source.read, ranges)
                 yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
 
-    def _plan(self, start: int) -> Plan:
-        source, sampler = self._open(), self._planner("len()")
-        sampler.set_epoch(self._epoch_now())
-        plan: Plan = sampler.plan(source.rows, source.fragments, self.batch_size, drop_last=self.drop_last, start=start)
+    def _plan(self, position: state.Position) -> Plan:
+        source, sampler = self._open(), copy.copy(self._planner("len()"))
+        sampler.set_epoch(position.epoch)
+        plan: Plan = sampler.plan(
+            source.rows, source.fragments, self.batch_size, drop_last=self.drop_last, start=position.start
+        )
         return plan
 
     def _planner(self, what: str) -> Any:
@@ -378,5 +381,6 @@ class LanceDataset(IterableDataset[Batch]):
         if not self._cache or self._open().cached:
             return
         where = None if self._cache is True else str(self._cache)
-        self._cache_folder = tempfile.TemporaryDirectory(prefix="gpuload-cache-", dir=where)
-        self._open().use_cache(self._cache_folder.name)
+        folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._open().use_cache(folder)
