@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,10 +23,12 @@ def foreign_reads(
     Positions are Lance's row ids where the sampler gives them, else the running number of the row.
     """
     columns = source.request()
-    stream = sampler(
-        source.lance, batch_size=batch_size, columns=columns, filter=filter, batch_readahead=readahead,
-        with_row_id=True,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "with_row_id is not supported")  # positions can do without
+        stream = sampler(
+            source.lance, batch_size=batch_size, columns=columns, filter=filter, batch_readahead=readahead,
+            with_row_id=True,
+        )  # fmt: skip
     seen = 0
     for step, table in enumerate(_exactly(stream, batch_size)):
         if "_rowid" in table.schema.names:
@@ -33,7 +36,7 @@ def foreign_reads(
         else:
             rows = np.arange(seen, seen + len(table))
         seen += len(table)
-        missing = [name for name in source.schema.names if name not in table.schema.names and name != "_rowid"]
+        missing = [name for name in source.schema.names if name not in table.schema.names]
         if missing:
             raise ValueError(f"Expected the columns {source.schema.names} from {sampler!r}, got none named {missing}.")
         names = [name for name in table.schema.names if name != "_rowid" or with_row_id]

@@ -565,3 +565,18 @@ def test_a_users_sampler_may_fail_and_every_batch_before_arrives(uneven: Any) ->
 def test_names_of_paths_and_opened_datasets_read_the_same(uneven: Any) -> None:
     path = Path(uneven.uri.removeprefix("file://"))
     assert real_ids(LanceDataset(path, 20, columns=["id"])) == real_ids(LanceDataset(str(path), 20, columns=["id"]))
+
+
+class Renamed(lance.sampler.ShardedBatchSampler):
+    """A user's own of a stock sampler that cannot give row ids."""
+
+
+def test_a_subclass_of_a_stock_sampler_reads_as_its_author_wrote_it(uneven: Any) -> None:
+    batches = list(LanceDataset(uneven, 16, columns=["id"], sampler=Renamed(1, 2)))  # and warns of nothing
+    ids = ids_of(uneven)
+    assert real_ids(batches) == [i for start in range(16, 103, 32) for i in ids[start : start + 16]]
+
+
+def test_a_sampler_that_cannot_give_row_ids_is_named(uneven: Any) -> None:
+    with pytest.raises(ValueError, match=r"none named \['_rowid'\]"):
+        list(LanceDataset(uneven, 16, columns=["id"], sampler=Renamed(0, 1), with_row_id=True))
