@@ -34,7 +34,7 @@ from gpuload.stages import Clock
 from gpuload.text import Tokens
 from gpuload.transforms import Image, Text
 
-_DEFAULT: Any = object()  # to_tensor_fn was not given
+_DEFAULT: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 
 
 class LanceDataset(IterableDataset[Batch]):
