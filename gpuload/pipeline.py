@@ -22,6 +22,7 @@ from gpuload import resize
 from gpuload.batch import Batch
 from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
 from gpuload.decode import Decoder
+from gpuload.decode.encoded import Encoded
 from gpuload.device import one_torch_thread
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
@@ -199,6 +200,10 @@ class Pipeline:
         image = part.column.transform if isinstance(part.column.transform, Image) else _NATIVE
         ragged = self._decoder.decode(draft.views[name][lo:hi], mode=image.mode, orient=image.orient)
         draft.errors.extend((lo + i, name, error) for i, error in ragged.errors.items())
+        if isinstance(self._decoder, Encoded):  # bytes stay bytes
+            views = draft.views[name][lo:hi]
+            draft.columns[name][lo:hi] = [None if i in ragged.errors else view for i, view in enumerate(views)]
+            return part
         heights, widths = ragged.sizes()
         regions, flips = image.regions(
             np.maximum(heights, 1), np.maximum(widths, 1), self._seed, self._epoch, draft.rows[lo:hi]
@@ -216,7 +221,7 @@ class Pipeline:
     def _finish(self, draft: Draft) -> Batch:
         """The policy for bad rows, and the batch."""
         for column in self._images:
-            if isinstance(draft.columns[column.name], list):
+            if isinstance(draft.columns[column.name], list) and not isinstance(self._decoder, Encoded):
                 draft.columns[column.name] = _stacked(draft.columns[column.name], column.transform)
         valid = np.arange(len(draft.rows)) < draft.real
         bad = np.zeros(len(draft.rows), np.bool_)
