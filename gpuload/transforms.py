@@ -198,7 +198,7 @@ class Text:
     def __post_init__(self) -> None:
         _expect(self.padding in ("longest", "max_length"), 'Text(padding="longest"|"max_length")', self.padding)
         _expect(
-            self.max_length is None or (isinstance(self.max_length, int) and self.max_length > 0),
+            self.max_length is None or (type(self.max_length) is int and self.max_length > 0),
             "Text(max_length=...) as a positive int",
             self.max_length,
         )
