@@ -33,21 +33,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def gpuload_threads(patience: float = 5.0) -> list[str]:
-    """Names of the threads that gpuload started and that are still there after `patience` seconds."""
-    end = time.monotonic() + patience
-    while True:
-        alive = [thread.name for thread in threading.enumerate() if thread.name.startswith("gpuload-")]
-        if not alive or time.monotonic() > end:
-            return alive
-        time.sleep(0.01)
+def gpuload_threads() -> set[threading.Thread]:
+    """The threads that gpuload started and that are still there."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("gpuload-")}
 
 
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
     """Whatever a test does to a dataset, its threads end with it."""
+    before = gpuload_threads()  # of a failed test, whose traceback keeps its iterators
     yield
-    assert not gpuload_threads(), "gpuload's threads outlived the test"
+    end = time.monotonic() + 5
+    while gpuload_threads() - before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not gpuload_threads() - before, "gpuload's threads outlived the test"
 
 
 @pytest.fixture

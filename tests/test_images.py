@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import by_pillow, by_row, encode, jpeg, picture, png
+from making import by_pillow, by_row, claiming, encode, jpeg, picture, png
 
 from gpuload import Image, LanceDataset
 
@@ -56,6 +56,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "jpeg_cmyk_progressive": progressive_cmyk,
     "jpeg_rgb": lambda: jpeg(17, 23, keep_rgb=True),
     "jpeg_1x1": lambda: jpeg(1, 1),
+    "jpeg_and_more": lambda: jpeg(17, 23) + bytes(range(99)),
+    "jpeg_short_of_rows": lambda: claiming(jpeg(16, 24), 48, 24),  # Pillow takes it, the missing rows gray
     "png_rgb": lambda: encode(picture(16, 20), "PNG"),
     "png_palette": lambda: encode(picture(16, 20).quantize(40), "PNG"),
     "png_palette_transparent": transparent_palette,
