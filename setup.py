@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the CPU build of the resize kernel, optional, so that no compiler is no failure."""
+"""What pyproject.toml cannot say: the compiled CPU parts, both optional, so that no compiler is no failure."""
 
 import runpy
 import sys
@@ -14,4 +14,12 @@ resize = Extension(
     extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
-setup(ext_modules=[resize] if sys.platform != "win32" else [])
+jpeg = Extension(
+    "gpuload.kernels._jpeg",
+    sources=["kernels/jpeg_region.cpp"],
+    depends=["kernels/flags.py"],
+    language="c++",
+    extra_compile_args=[*flags, "-g0"],
+    optional=True,
+)
+setup(ext_modules=[resize, jpeg] if sys.platform != "win32" else [])

@@ -6,6 +6,7 @@ plan ─ranges─▶ read, columns, text ─Draft─▶ slices ─▶ decode, re
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import Counter
@@ -22,7 +23,9 @@ from gpuload import resize
 from gpuload.batch import Batch
 from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
 from gpuload.decode import Decoder
+from gpuload.decode.cpu import CpuDecoder
 from gpuload.decode.encoded import Encoded
+from gpuload.decode.region import Crop, Cropped
 from gpuload.device import one_torch_thread
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
@@ -198,16 +201,22 @@ class Pipeline:
             return part
         draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
         image = part.column.transform if isinstance(part.column.transform, Image) else _NATIVE
-        ragged = self._decoder.decode(draft.views[name][lo:hi], mode=image.mode, orient=image.orient)
+        wanted = functools.partial(image.regions, seed=self._seed, epoch=self._epoch, rows=draft.rows[lo:hi])
+        crop = (
+            Crop(wanted, image.shape[1:], image.fast) if image.shape and isinstance(self._decoder, CpuDecoder) else None
+        )
+        only = {} if crop is None else {"crop": crop}
+        ragged = self._decoder.decode(draft.views[name][lo:hi], mode=image.mode, orient=image.orient, **only)
         draft.errors.extend((lo + i, name, error) for i, error in ragged.errors.items())
         if isinstance(self._decoder, Encoded):  # bytes stay bytes
             views = draft.views[name][lo:hi]
             draft.columns[name][lo:hi] = [None if i in ragged.errors else view for i, view in enumerate(views)]
             return part
         heights, widths = ragged.sizes()
-        regions, flips = image.regions(
-            np.maximum(heights, 1), np.maximum(widths, 1), self._seed, self._epoch, draft.rows[lo:hi]
-        )
+        if isinstance(ragged, Cropped):
+            regions, flips = ragged.regions, ragged.flips
+        else:
+            regions, flips = wanted(np.maximum(heights, 1), np.maximum(widths, 1))
         out = draft.columns[name]
         if image.shape is not None:
             resize.resize_normalize(ragged, regions, flips, image, out[lo:hi])

@@ -63,6 +63,9 @@ class Image:
         Memory format of the batch; the shape stays ``[B, C, H, W]``.
     orient : bool
         Apply the EXIF orientation.
+    fast : bool
+        On the CPU, halve a JPEG inside its DCT, once or more, while the region stays as large as `size`. Quicker on
+        large photos, and not the same pixels; the README has the PSNR.
 
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
@@ -79,6 +82,7 @@ class Image:
     mode: Literal["RGB", "L"] = "RGB"
     channels_last: bool = False
     orient: bool = True
+    fast: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None:

@@ -1,12 +1,14 @@
 """Pixels: byte views enter, ragged uint8 HWC pixels in one arena on the device leave, with the errors by row.
 
-A decoder is anything with the three members of `Decoder`; `make_decoder` picks one. The dataset never sees more.
+A decoder is anything with the members of `Decoder`; `make_decoder` picks one. The dataset never sees more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 
 from gpuload.errors import DecodeError
 
+_ALIGN = 256  # bytes, as any allocation on a GPU
+
 IMAGE_ROW = np.dtype(
     [
-        ("offset", np.int64),  # bytes into the arena
+        ("offset", np.int64),  # bytes from the arena's start; beyond the arena if the memory is another library's
         ("pitch", np.int64),  # bytes from one row of pixels to the next
         ("height", np.int32),  # as stored, before orientation
         ("width", np.int32),
@@ -28,23 +32,35 @@ IMAGE_ROW = np.dtype(
 
 @dataclass
 class Ragged:
-    """N images of N sizes in one allocation.
+    """N images of N sizes, lent by a decoder: ``with decoder.decode(...) as ragged: ...``.
 
-    The arena belongs to the decoder and is overwritten by its next call from the same thread: copy what must stay.
+    Inside the block torch's current stream is the one the pixels are ordered on. What reads them must have run, or
+    have been put on that stream, when the block ends: then the memory is the decoder's again.
     """
 
     arena: torch.Tensor  # u8[bytes]
     table: NDArray[np.void]  # IMAGE_ROW[N]; height 0 where there is no image
     errors: dict[int, DecodeError] = field(default_factory=dict)
+    lease: AbstractContextManager[Any] = field(default_factory=nullcontext, repr=False)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __enter__(self) -> Ragged:
+        self.lease.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.lease.__exit__(*error)
 
     def pixels(self, i: int) -> torch.Tensor:
         """View of image i as it is stored: u8[height, width, channels]."""
         row = self.table[i]
         shape = (int(row["height"]), int(row["width"]), int(row["channels"]))
-        return self.arena.as_strided(shape, (int(row["pitch"]), shape[2], 1), int(row["offset"]))
+        pitch, offset = int(row["pitch"]), int(row["offset"])
+        if 0 <= offset <= self.arena.numel():
+            return self.arena.as_strided(shape, (pitch, shape[2], 1), offset)
+        return view_at(self.arena.data_ptr() + offset, shape, pitch, self.arena.device)
 
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heights and widths as a person sees them: orientations 5 to 8 swap the two."""
@@ -54,7 +70,7 @@ class Ragged:
 
 
 class Decoder(Protocol):
-    """Decodes on one device. `decode` may be called from many threads at once."""
+    """Decodes to one device. `decode` may be called from many threads at once."""
 
     name: str
     device: torch.device
@@ -62,3 +78,28 @@ class Decoder(Protocol):
     def decode(self, views: list[NDArray[np.uint8] | None], *, mode: str, orient: bool) -> Ragged: ...
     def counts(self) -> dict[str, int]: ...
     def close(self) -> None: ...
+
+
+class Memory:
+    """u8 pixels at an address, under the array interface of its device: what other libraries take without a copy."""
+
+    __slots__ = ("__array_interface__", "__cuda_array_interface__")
+
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, cuda: bool) -> None:
+        what = {"data": (address, False), "shape": shape, "strides": strides, "typestr": "|u1", "version": 3}
+        setattr(self, "__cuda_array_interface__" if cuda else "__array_interface__", what)
+
+
+def view_at(address: int, shape: tuple[int, int, int], pitch: int, device: torch.device) -> torch.Tensor:
+    """u8[height, width, channels] over memory that somebody else owns."""
+    memory = Memory(address, shape, (pitch, shape[2], 1), device.type == "cuda")
+    return torch.as_tensor(memory, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(memory))
+
+
+def lay_out(table: NDArray[np.void], order: Iterable[int], start: int = 0) -> int:
+    """Offsets for the images of `order`, one after the other from `start` on; the end of the last."""
+    which = np.fromiter(order, np.intp)
+    sizes = (table["pitch"][which] * table["height"][which] + _ALIGN - 1) // _ALIGN * _ALIGN
+    ends = start + np.cumsum(sizes)
+    table["offset"][which] = ends - sizes
+    return int(ends[-1]) if len(ends) else start

@@ -1,0 +1,136 @@
+"""Only the pixels that a crop needs: JPEG files and regions of them enter, windows of their pixels leave.
+
+The libjpeg-turbo that Pillow brings can start, stop and crop; `kernels/jpeg_region.cpp` drives it. Inside the window
+every byte equals that of a whole decode. Without a compiler at installation, or with a Pillow that has another
+libjpeg, there is no library and images are decoded whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
+from gpuload.decode import Ragged
+
+PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
+    [
+        ("data", np.uint64),
+        ("size", np.int64),
+        ("out", np.uint64),
+        ("room", np.int64),
+        ("x", np.int32),
+        ("y", np.int32),
+        ("w", np.int32),
+        ("h", np.int32),
+        ("channels", np.int32),
+        ("eighths", np.int32),
+        ("status", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+_MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
+BLOCK = 32  # pixels: how far to the left of the window decoding may begin (four blocks of eight)
+_EIGHTHS = np.array([1, 2, 4, 8])  # the scales whose DCT is vectorised
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled reader on Pillow's libjpeg, None where either is missing or of another kind."""
+    built = sorted(Path(kernels.__file__).parent.glob("_jpeg*.so"))
+    home = Path(PIL.__file__).parent
+    found = [*home.parent.glob("pillow.libs/libjpeg-*.so*"), *home.glob(".dylibs/libjpeg*.dylib")]
+    if not built or not found:
+        return None
+    loaded = ctypes.CDLL(str(built[0]))
+    loaded.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
+    loaded.gpuload_jpeg_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return None if loaded.gpuload_jpeg_open(str(found[0]).encode()) else loaded
+
+
+def ends(view: NDArray[np.uint8]) -> bool:
+    """Whether a JPEG file ends as it should: reading stops below the crop, so a cut file must be known beforehand."""
+    return len(view) > 3 and view[-2] == 0xFF and view[-1] == 0xD9
+
+
+def windows(
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    regions: NDArray[np.float64],
+    size: tuple[int, int],
+    fast: bool,
+) -> tuple[NDArray[np.void], NDArray[np.float64]]:
+    """What to decode of each image so that its region can be resized to `size` (height, width).
+
+    Parameters
+    ----------
+    heights, widths : i64[N]
+        Of the whole images.
+    regions : f64[N, 4]
+        x0, y0, width, height in pixels of the whole image.
+    fast : bool
+        Halve images in the DCT while the region stays as large as `size`.
+
+    Returns
+    -------
+    parts : PART[N]
+        x, y, w, h and eighths are set.
+    regions : f64[N, 4]
+        The same in pixels of the scaled image.
+    """
+    parts = np.zeros(len(regions), PART)
+    eighths = np.full(len(regions), 8)
+    if fast:
+        needed = 8 * np.max(np.array([size[1], size[0]]) / regions[:, 2:], axis=1)
+        eighths = _EIGHTHS[np.minimum(np.searchsorted(_EIGHTHS, needed), 3)]
+    scaled = regions * (eighths / 8)[:, None]
+    for axis, (first, extent) in enumerate((("x", "w"), ("y", "h"))):
+        whole = -((widths, heights)[axis] * eighths // -8)
+        margin = np.maximum(1, scaled[:, 2 + axis] / (size[1], size[0])[axis]) + _MARGIN
+        low = np.maximum(0, np.floor(scaled[:, axis] - margin)).astype(np.int64)
+        high = np.minimum(whole, np.ceil(scaled[:, axis] + scaled[:, 2 + axis] + margin).astype(np.int64))
+        parts[first], parts[extent] = low, high - low
+    parts["eighths"] = eighths
+    return parts, scaled
+
+
+def read(parts: NDArray[np.void]) -> None:
+    """Decode every part to its `out`, without the GIL; sets x, w and status (0: decoded)."""
+    found: Any = library()
+    parts["status"] = 1
+    found.gpuload_jpeg_read(parts.ctypes.data, len(parts))
+
+
+@dataclass
+class Crop:
+    """What will be made of the images, so that a decoder may leave the rest out.
+
+    Attributes
+    ----------
+    regions : callable
+        Heights and widths (i64[N] each, as a person sees the images) → regions f64[N, 4] and flips bool[N].
+    size : (int, int)
+        Output height and width.
+    fast : bool
+        Pixels may come from an image halved in the DCT.
+    """
+
+    regions: Callable[[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.float64], NDArray[np.bool_]]]
+    size: tuple[int, int]
+    fast: bool = False
+
+
+@dataclass
+class Cropped(Ragged):
+    """Windows of images, with the regions wanted of them in pixels of the window, and the flips."""
+
+    regions: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 4)))
+    flips: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
