@@ -22,7 +22,7 @@ from gpuload import resize, state
 from gpuload.batch import Batch
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.device import choose_device, deliver, describe, make_decoder, threads_here
+from gpuload.device import check_words, choose_device, deliver, describe, make_decoder, threads_here
 from gpuload.errors import ConfigError
 from gpuload.foreign import foreign_reads, raw_batches
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
@@ -124,13 +124,19 @@ class LanceDataset(IterableDataset[Batch]):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "batch_readahead": batch_readahead}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"Expected {name} as an int of at least 1, got {value!r}.")
+        counts = {"batch_size": batch_size, "batch_readahead": batch_readahead, "max_pixels": max_pixels}
+        counts |= {"samples": samples or 0, "num_threads": 1 if num_threads is None else num_threads}
+        for name, value in counts.items():
+            least = int(name != "samples")
+            if type(value) is not int or value < least:
+                raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
         if on_error not in ON_ERROR:
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
-        if num_threads is not None and num_threads < 1:
-            raise ConfigError(f"Expected num_threads of at least 1, got {num_threads}.")
+        if not isinstance(transforms or {}, Mapping):
+            raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {transforms!r}.")
+        if to_tensor_fn not in (_DEFAULT, None) and not callable(to_tensor_fn):
+            raise ConfigError(f"Expected to_tensor_fn as a function or None, got {to_tensor_fn!r}.")
+        check_words(device, decoder)
         self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
         self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
         self.transforms = dict(transforms or {})

@@ -44,10 +44,17 @@ def choose_device(wish: str | torch.device) -> torch.device:
     return device
 
 
+def check_words(device: str | torch.device, decoder: str) -> None:
+    """Raise at once what `choose_device` and `make_decoder` would raise later."""
+    if device != "auto":
+        choose_device(device)
+    if decoder not in DECODERS:
+        raise ConfigError(f"Expected decoder as one of {DECODERS}, got {decoder!r}.")
+
+
 def make_decoder(wish: str, device: torch.device, max_pixels: int) -> Decoder:
     """The decoder that `wish` means on `device`."""
-    if wish not in DECODERS:
-        raise ConfigError(f"Expected decoder as one of {DECODERS}, got {wish!r}.")
+    check_words(device, wish)
     return CpuDecoder(max_pixels)
 
 
