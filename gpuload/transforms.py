@@ -27,7 +27,8 @@ def _expect(ok: bool, what: str, got: object) -> None:
 
 
 def _interval(name: str, value: tuple[float, float], upper: float = math.inf) -> None:
-    good = len(value) == 2 and 0 < value[0] <= value[1] <= upper
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    good = pair and 0 < value[0] <= value[1] <= upper and value[1] < math.inf
     _expect(
         good, f"Image({name}=(low, high)) with 0 < low <= high{f' <= {upper:g}' if upper < math.inf else ''}", value
     )
@@ -86,7 +87,8 @@ class Image:
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+            pair = isinstance(self.size, (tuple, list))
+            size = tuple(self.size) if pair else (self.size, self.size)  # type: ignore[arg-type]
             good = len(size) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in size)
             _expect(good, "Image(size=...) as a positive int, (height, width) or None", self.size)
             object.__setattr__(self, "size", size)
