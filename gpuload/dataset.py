@@ -20,9 +20,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gpuload import resize, state
 from gpuload.batch import Batch
+from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.device import check_words, choose_device, deliver, describe, make_decoder, threads_here
+from gpuload.device import choose_device, deliver, describe, make_decoder, threads_here
 from gpuload.errors import ConfigError
 from gpuload.foreign import foreign_reads, raw_batches
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
@@ -30,7 +31,6 @@ from gpuload.ranks import Ranks
 from gpuload.samplers import Plan, PlanSampler, make_sampler
 from gpuload.schema import Column, resolve
 from gpuload.source import Source, check_fork, lance_running
-from gpuload.stages import Clock
 from gpuload.text import Tokens
 from gpuload.transforms import Image, Text
 
@@ -124,19 +124,13 @@ class LanceDataset(IterableDataset[Batch]):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "batch_readahead": batch_readahead, "max_pixels": max_pixels}
-        counts |= {"samples": samples or 0, "num_threads": 1 if num_threads is None else num_threads}
-        for name, value in counts.items():
-            least = int(name != "samples")
-            if type(value) is not int or value < least:
-                raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
+        for name, value in {"batch_size": batch_size, "batch_readahead": batch_readahead}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"Expected {name} as an int of at least 1, got {value!r}.")
         if on_error not in ON_ERROR:
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
-        if not isinstance(transforms or {}, Mapping):
-            raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {transforms!r}.")
-        if to_tensor_fn not in (_DEFAULT, None) and not callable(to_tensor_fn):
-            raise ConfigError(f"Expected to_tensor_fn as a function or None, got {to_tensor_fn!r}.")
-        check_words(device, decoder)
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"Expected num_threads of at least 1, got {num_threads}.")
         self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
         self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
         self.transforms = dict(transforms or {})
@@ -245,7 +239,9 @@ class LanceDataset(IterableDataset[Batch]):
         self._position, self._resume = position, True
 
     def stats(self) -> dict[str, Any]:
-        """Counts since this object was made: batches, rows, bad rows, images by decoder, seconds by stage."""
+        """Counts since this object was made: batches, rows, bad rows, images by decoder; figures by stage, and the
+        stage that limits the rate, in words."""
+        stages = {name: clock.read() for name, clock in self._clocks.items()}
         counted = ("batches", "rows", "rows_skipped", "rows_masked", "nulls", "bytes_read")
         return {
             "device": describe(self.device),
@@ -253,7 +249,8 @@ class LanceDataset(IterableDataset[Batch]):
             "resize": resize.cpu_implementation(),
             **{name: self._counts[name] for name in counted},
             "images": self._decode_with().counts(),
-            "stages": {name: clock.read() for name, clock in self._clocks.items()},
+            "stages": stages,
+            "bottleneck": bottleneck(stages),
         }
 
     def close(self) -> None:
@@ -287,7 +284,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._decoder = None
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()
         self._counts: Counter[str] = Counter()
-        self._clocks = {"read": Clock(READ_THREADS), "decode": Clock(self.num_threads or threads_here())}
+        self._clocks: dict[str, Clock] = clocks(READ_THREADS, self.num_threads or threads_here())
 
     def _open(self) -> Source:
         """The source, opened and its columns resolved on first use."""

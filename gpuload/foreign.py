@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
 from gpuload.pipeline import READ_THREADS, Read
 from gpuload.source import Source
-from gpuload.stages import Clock, ordered_map
+from gpuload.stages import ordered_map
 
 
 def foreign_reads(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gpuload import resize
 from gpuload.batch import Batch
+from gpuload.clock import Clock
 from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import CpuDecoder
@@ -29,7 +30,7 @@ from gpuload.decode.region import Crop, Cropped
 from gpuload.device import one_torch_thread
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
-from gpuload.stages import Clock, flat_map, ordered_map
+from gpuload.stages import flat_map, ordered_map
 from gpuload.text import Tokens
 from gpuload.transforms import Image
 
@@ -63,6 +64,7 @@ class Draft:
     nulls: dict[str, torch.Tensor] = field(default_factory=dict)
     errors: list[tuple[int, str, RowError]] = field(default_factory=list)
     slices: int = 0
+    size: int = 0  # bytes that were read
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Slice:
     column: Column | None
     lo: int = 0
     hi: int = 0
+    size: int = 0  # bytes still encoded
 
 
 class Pipeline:
@@ -107,6 +110,7 @@ class Pipeline:
             name="read",
             clock=self._clocks["read"],
             initializer=one_torch_thread,
+            size=lambda draft: draft.size,
         )
         slices = flat_map(self._cut, drafts, lambda: self._in_flight < self._ahead)
         done = ordered_map(
@@ -116,6 +120,7 @@ class Pipeline:
             name="decode",
             clock=self._clocks["decode"],
             initializer=one_torch_thread,
+            size=lambda part: part.size,
         )
         try:
             for part in done:
@@ -130,7 +135,7 @@ class Pipeline:
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but its pixels."""
         table: pa.Table = read.table()
-        draft = Draft(read.step, read.rows, read.real, {})
+        draft = Draft(read.step, read.rows, read.real, {}, size=table.nbytes)
         for column in self._columns:
             data = table.column(column.name)
             if column.role == "image":
@@ -144,7 +149,7 @@ class Pipeline:
                     draft.nulls[column.name] = torch.from_numpy(nulls)
             else:
                 draft.columns[column.name] = data.to_pylist()
-        self._count(bytes_read=table.nbytes, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
+        self._count(bytes_read=draft.size, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
         return draft
 
     def _views(self, draft: Draft, name: str, data: pa.ChunkedArray) -> Views:
@@ -163,7 +168,8 @@ class Pipeline:
         texts = [text or "" for text in strings(data)]
         while True:
             try:
-                ids, mask = self._tokens[name](texts)
+                with self._clocks["tokenize"].timed():
+                    ids, mask = self._tokens[name](texts)
                 break
             except TextError as error:  # one row at a time; the others stay whole
                 draft.errors.append((error.row, name, error))
@@ -181,7 +187,7 @@ class Pipeline:
             for i, view in enumerate(views):
                 size += 0 if view is None else len(view)
                 if i + 1 - lo == rows or size >= _SLICE_BYTES or i + 1 == len(views):
-                    slices.append(Slice(draft, column, lo, i + 1))
+                    slices.append(Slice(draft, column, lo, i + 1, size))
                     lo, size = i + 1, 0
         slices = slices or [Slice(draft, None)]
         draft.slices = len(slices)
@@ -219,7 +225,8 @@ class Pipeline:
             regions, flips = wanted(np.maximum(heights, 1), np.maximum(widths, 1))
         out = draft.columns[name]
         if image.shape is not None:
-            resize.resize_normalize(ragged, regions, flips, image, out[lo:hi])
+            with self._clocks["resize"].timed():
+                resize.resize_normalize(ragged, regions, flips, image, out[lo:hi])
         else:
             for i in range(hi - lo):
                 if heights[i]:

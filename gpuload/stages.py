@@ -6,32 +6,16 @@ Nothing runs but when the consumer pulls, so there is no feeder thread, and clos
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from gpuload.clock import Clock
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Clock:
-    """Where a stage's time goes: items done, seconds its threads were busy, seconds its consumer waited for it."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads, self.items, self.busy, self.waited = threads, 0, 0.0, 0.0
-        self._lock = threading.Lock()
-
-    def add(self, items: int = 0, busy: float = 0.0, waited: float = 0.0) -> None:
-        with self._lock:
-            self.items += items
-            self.busy += busy
-            self.waited += waited
-
-    def read(self) -> dict[str, float]:
-        return {"threads": self.threads, "items": self.items, "busy_s": self.busy, "waited_s": self.waited}
 
 
 class ordered_map(Generic[T, R], Iterator[R]):
@@ -52,6 +36,8 @@ class ordered_map(Generic[T, R], Iterator[R]):
     clock : Clock, optional
     initializer : callable, optional
         Called once in each thread.
+    size : callable, optional
+        Bytes of a result, for the clock.
 
     An exception of `fn` or of `items` comes out at the place of its item, after all results before it; then the
     iterator is closed. `close` cancels what has not started, waits for what has, and ends the threads.
@@ -67,12 +53,15 @@ class ordered_map(Generic[T, R], Iterator[R]):
         name: str,
         clock: Clock | None = None,
         initializer: Callable[[], Any] | None = None,
+        size: Callable[[R], int] | None = None,
     ) -> None:
         self._fn, self._items, self._name = fn, iter(items), name
         self._ahead = sys.maxsize if ahead is None else max(ahead, 1)
-        self._clock = clock or Clock(threads)
+        self._clock, self._size = clock or Clock(threads, name), size
+        self._finished: deque[None] = deque()  # one mark a result that waits to be taken
+        self._clock.start()
         self._pending: deque[Future[R]] = deque()
-        self._exhausted = False
+        self._exhausted = self._closed = False
         self._pool = ThreadPoolExecutor(max(threads, 1), f"gpuload-{name}", initializer)
 
     def __iter__(self) -> ordered_map[T, R]:
@@ -84,13 +73,14 @@ class ordered_map(Generic[T, R], Iterator[R]):
             self.close()
             raise StopIteration
         future = self._pending.popleft()
-        started = time.perf_counter()
+        started, depth = time.perf_counter(), len(self._finished)
         try:
             result = future.result()
         except BaseException:
             self.close()
             raise
-        self._clock.add(waited=time.perf_counter() - started)
+        self._clock.stood(started, depth)
+        self._finished.popleft()
         return result
 
     def ready(self) -> bool:
@@ -101,6 +91,9 @@ class ordered_map(Generic[T, R], Iterator[R]):
     def close(self) -> None:
         """End the threads, and those of the stages before. Safe to call twice."""
         self._exhausted = True
+        if not self._closed:
+            self._closed = True
+            self._clock.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         close = getattr(self._items, "close", None)
@@ -125,15 +118,18 @@ class ordered_map(Generic[T, R], Iterator[R]):
                 self._pending.append(self._pool.submit(self._run, item))
 
     def _run(self, item: T) -> R:
-        started = time.perf_counter()
+        started, size = time.perf_counter(), 0
         try:
-            return self._fn(item)
+            result = self._fn(item)
+            size = self._size(result) if self._size else 0
         except Exception as error:
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"(raised in gpuload's {self._name} stage)")
             raise
         finally:
-            self._clock.add(1, time.perf_counter() - started)
+            self._clock.worked(started, size)
+            self._finished.append(None)
+        return result
 
 
 class flat_map(Generic[T, R], Iterator[R]):
