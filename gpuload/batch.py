@@ -83,13 +83,10 @@ class Batch(dict[str, Any]):
         return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls)
 
     def __repr__(self) -> str:
-        columns = ", ".join(f"{name}: {_shape(value)}" for name, value in self.items())
+        shown = [f"{name}: {_shape(value)}" for name, value in self.items()]
+        shown += [f"epoch={self.epoch}", f"step={self.step}", f"rows={self.size}"]
         invalid = int((~self.valid).sum())
-        return (
-            f"Batch({columns}, epoch={self.epoch}, step={self.step}, rows={self.size}"
-            + (f", invalid={invalid}" if invalid else "")
-            + ")"
-        )
+        return f"Batch({', '.join(shown + [f'invalid={invalid}'] * bool(invalid))})"
 
 
 def _each(value: Any, function: Any) -> Any:
