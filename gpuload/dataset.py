@@ -23,7 +23,7 @@ from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.device import choose_device, deliver, describe, make_decoder, threads_here
+from gpuload.device import check_words, choose_device, deliver, describe, make_decoder, threads_here
 from gpuload.errors import ConfigError
 from gpuload.foreign import foreign_reads, raw_batches
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
@@ -124,13 +124,19 @@ class LanceDataset(IterableDataset[Batch]):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "batch_readahead": batch_readahead}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"Expected {name} as an int of at least 1, got {value!r}.")
+        counts = {"batch_size": batch_size, "batch_readahead": batch_readahead, "max_pixels": max_pixels}
+        counts |= {"samples": samples or 0, "num_threads": 1 if num_threads is None else num_threads}
+        for name, value in counts.items():
+            least = int(name != "samples")
+            if type(value) is not int or value < least:
+                raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
         if on_error not in ON_ERROR:
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
-        if num_threads is not None and num_threads < 1:
-            raise ConfigError(f"Expected num_threads of at least 1, got {num_threads}.")
+        if not isinstance(transforms or {}, Mapping):
+            raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {transforms!r}.")
+        if to_tensor_fn not in (_DEFAULT, None) and not callable(to_tensor_fn):
+            raise ConfigError(f"Expected to_tensor_fn as a function or None, got {to_tensor_fn!r}.")
+        check_words(device, decoder)
         self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
         self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
         self.transforms = dict(transforms or {})
@@ -149,6 +155,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._sampling = (sampler, shuffle, shard_granularity)
         self._device, self._decoder_name = device, decoder
         self._epoch = torch.zeros((), dtype=torch.int64)
+        self._told: int | None = None  # the epoch of the sampler that was given, when it was last looked at
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist see set_epoch
         self._position, self._resume = state.Position(), False
         self._source: Source | None = None
@@ -209,6 +216,7 @@ class LanceDataset(IterableDataset[Batch]):
         given = self._sampling[0]
         if hasattr(given, "set_epoch"):
             given.set_epoch(int(epoch))
+            self._told = int(epoch)
         self._epoch.fill_(int(epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,7 +242,8 @@ class LanceDataset(IterableDataset[Batch]):
             It belongs to other rows or another order; says which field differs, and both values.
         """
         sampler = self._planner("load_state_dict()")
-        position = state.restore(saved, self._identity(sampler), sampler.world_size, sampler.elastic)
+        worker = get_worker_info() is not None
+        position = state.restore(saved, self._identity(sampler), sampler.world_size, sampler.elastic, worker)
         self.set_epoch(position.epoch)
         self._position, self._resume = position, True
 
@@ -312,17 +321,19 @@ class LanceDataset(IterableDataset[Batch]):
                 on_error=self.on_error, threads=self._clocks["decode"].threads, ahead=self.batch_readahead,
                 counts=self._counts, clocks=self._clocks,
             )  # fmt: skip
-            batches: Any = ((batch.step, deliver(batch, self.device)) for batch in pipeline.run(reads))
+            running: Any = pipeline.run(reads)
         else:
             convert, function = source.hf_converter(), self._to_tensor_fn
-            batches = raw_batches(reads, function, convert, self.batch_readahead, self._clocks["read"])
+            running = raw_batches(reads, function, convert, self.batch_readahead, self._clocks["read"])
         try:
-            for step, batch in batches:
+            for made in running:
+                step, batch = (made.step, deliver(made, self.device)) if isinstance(made, Batch) else made
+                del made
                 position.taken = step + 1 - position.before
                 yield batch
                 del batch
         finally:
-            batches.close()
+            running.close()
 
     def _reads(self, source: Source, sampler: Any, position: state.Position) -> Iterator[Read]:
         worker = get_worker_info()
@@ -354,10 +365,11 @@ class LanceDataset(IterableDataset[Batch]):
         return sampler
 
     def _epoch_now(self) -> int:
-        """The epoch; a sampler that was given has the last word, but in a worker only the shared number moves."""
-        given = getattr(self._sampling[0], "_epoch", None)
-        if given is not None and get_worker_info() is None:
-            self._epoch.fill_(given)
+        """The epoch that `set_epoch` said last, ours or that of a sampler that was given."""
+        told = getattr(self._sampling[0], "_epoch", None)
+        if told is not None and told != self._told:  # also in a forked worker, which nobody prepared
+            self._told = told
+            self._epoch.fill_(told)
         return int(self._epoch)
 
     def _identity(self, sampler: Any) -> dict[str, Any]:

@@ -53,8 +53,13 @@ def save(position: Position, identity: Mapping[str, Any], world_size: int) -> di
     }
 
 
-def restore(state: Mapping[str, Any], identity: Mapping[str, Any], world_size: int, elastic: bool) -> Position:
+def restore(
+    state: Mapping[str, Any], identity: Mapping[str, Any], world_size: int, elastic: bool, worker: bool = False
+) -> Position:
     """The place that `state` describes, for this dataset and this world size.
+
+    A run that goes on from it begins there, so that its first batch is the first worker's. A DataLoader `worker` that
+    gets back its own state instead keeps the beginning that its share of the steps was counted from.
 
     Raises
     ------
@@ -70,14 +75,16 @@ def restore(state: Mapping[str, Any], identity: Mapping[str, Any], world_size: i
     for name in identity:
         if state.get(name) != identity[name] and name != "uri":
             raise _identity_error(name, state, identity)
-    before = int(state["step"]) - int(state["taken"])
-    if state["world_size"] == world_size:
-        return Position(int(state["epoch"]), int(state["start"]), before, int(state["taken"]))
-    if not elastic:
+    if state["world_size"] != world_size and (worker or not elastic):
         hint = "The fragment sampler's order depends on it; the batch and shuffle samplers resume with any."
+        if elastic:
+            hint = "A DataLoader worker knows its own steps alone; states of num_workers=0 resume with any."
         raise _differs("world_size", state["world_size"], world_size, hint)
-    used = int(state["start"]) + int(state["taken"]) * int(state["world_size"]) * int(state["batch_size"])
-    return Position(int(state["epoch"]), used, int(state["step"]), 0)
+    epoch, step, start, taken = (int(state[name]) for name in ("epoch", "step", "start", "taken"))
+    if worker:
+        return Position(epoch, start, step - taken, taken)
+    places = int(state["batch_size"]) * (int(state["world_size"]) if elastic else 1)  # of a step, in the plan's order
+    return Position(epoch, start + taken * places, step, 0)
 
 
 def _identity_error(name: str, state: Mapping[str, Any], identity: Mapping[str, Any]) -> StateError:
