@@ -32,12 +32,17 @@ def encoded(folder: str | None) -> list[tuple[bytes, str]]:
 
 def dataset(settings: Any, version: str = "2.2") -> str:
     """Path of a dataset of ``settings.rows`` rows: image (binary), caption (string), label (int64). Made once."""
-    path = Path(settings.work) / f"{Path(settings.images).name if settings.images else 'drawn'}-{settings.rows}-{version}.lance"
+    path = (
+        Path(settings.work)
+        / f"{Path(settings.images).name if settings.images else 'drawn'}-{settings.rows}-{version}.lance"
+    )
     if not path.exists():
         Path(settings.work).mkdir(parents=True, exist_ok=True)
         schema = pa.schema([("image", pa.binary()), ("caption", pa.string()), ("label", pa.int64())])
         reader = pa.RecordBatchReader.from_batches(schema, _batches(settings, schema))
-        lance.write_dataset(reader, str(path), data_storage_version=version, max_rows_per_file=max(1, settings.rows // 10))
+        lance.write_dataset(
+            reader, str(path), data_storage_version=version, max_rows_per_file=max(1, settings.rows // 10)
+        )
     return str(path)
 
 

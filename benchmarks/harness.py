@@ -29,7 +29,17 @@ from rich.table import Table
 
 Job = Callable[[], int]
 Case = Callable[[Any], Job]
-_PACKAGES = ("gpuload", "torch", "pylance", "pyarrow", "numpy", "pillow", "simplejpeg", "lancedb", "nvidia-dali-cuda130")
+_PACKAGES = (
+    "gpuload",
+    "torch",
+    "pylance",
+    "pyarrow",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "lancedb",
+    "nvidia-dali-cuda130",
+)
 
 
 def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: Callable[[Any], None]) -> None:
@@ -83,7 +93,12 @@ def _once(case: Case, settings: Any) -> dict[str, Any]:
     except ImportError as error:
         return {"missing": f"{error.name} is not installed"}
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"rows": rows, "seconds": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1024,
+    }
 
 
 def _child(case: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``gpuload ingest``, ``inspect``, ``view`` and ``demo``.
+"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``bench`` and ``demo``.
 
 Enter: arguments. Leave: tables on stdout, progress and complaints on stderr, exit code 1 with one line on an error.
 Torch and Lance are imported inside the commands, so that ``gpuload --help`` is quick.
@@ -188,11 +188,39 @@ def view(
 
 
 @app.command()
+def bench(
+    dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
+    seconds: Annotated[float, typer.Option(min=0, help="How long, in as many epochs as it takes.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=1, help="Images are cropped at random to this height and width.")] = 224,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that decode. Default: one a core.")] = None,
+    shuffle: Annotated[str | None, typer.Option(help="row, block or batch. Default: in order.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto or chrome://tracing.")] = None,
+) -> None:
+    """Load a dataset as for training: its rate, where the time goes, and what would make it faster."""
+    from gpuload.bench import advice, measure, prepare, table
+    from gpuload.trace import Trace
+
+    timeline, console = Trace() if trace else None, _console()
+    done = measure(prepare(dataset, batch_size, size, threads, shuffle), seconds, timeline)
+    _table(console, *table(done.stats))
+    console.print(
+        f"{done.rows:,} rows in {done.seconds:,.2f} s: [bold]{done.rate:,.0f} rows/s[/bold], first batch", end=" "
+    )
+    console.print(f"after {done.first:,.2f} s; {done.stats['bottleneck']}")
+    for line in advice(done.stats):
+        console.print(_plain(line))
+    if timeline and trace:
+        print(f"{trace}: {timeline.write(trace):,} events")
+
+
+@app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the dataset and the sheet. Default: a new one.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Generated pictures.")] = 512,
 ) -> None:
     """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
+    from gpuload.bench import table
     from gpuload.dataset import LanceDataset
     from gpuload.demo import write_demo
     from gpuload.sheet import contact_sheet
@@ -218,12 +246,11 @@ def demo(
         seconds = time.perf_counter() - began
         stats = dataset.stats()
     _table(console, ("first batch", "dtype", "shape", "device"), _shapes(first))
-    stages = stats.pop("stages")
+    head, cells = table(stats)
+    del stats["stages"]
     rate = f"{stats['rows'] / seconds:,.0f}"
     _table(console, ("epoch", ""), [("rows/s", rate), ("seconds", f"{seconds:.2f}"), *_flat(stats)])
-    head = list(next(iter(stages.values())))
-    cells = [(name, *(f"{clock[key]:,.2f}".removesuffix(".00") for key in head)) for name, clock in stages.items()]
-    _table(console, ("stage", *head), cells)
+    _table(console, head, cells)
     pairs = zip(first["caption"].cpu(), first["caption_mask"].cpu().bool(), strict=True)
     captions = [bytes(ids[mask].tolist()).decode() for ids, mask in pairs]  # "bytes" can be read back
     sheet = contact_sheet(first["image"][:24], captions[:24], columns=8, title="gpuload demo: the first batch")
