@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
@@ -78,3 +79,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("photos") / "photos.lance")
     lance.write_dataset(table, path, max_rows_per_file=7)
     return path
+
+
+@pytest.fixture(scope="session")
+def quick() -> Any:
+    """A forkserver that has imported gpuload: DataLoader workers start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gpuload"])
+    return context

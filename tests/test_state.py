@@ -451,9 +451,8 @@ def test_a_state_sets_the_epoch_of_a_sampler_that_was_given(rows: Any) -> None:
 TORCHDATA = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 
 
-def stateful(rows: Any, workers: int, sampler: Any = None) -> StatefulDataLoader:
-    dataset = LanceDataset(rows, 8, columns=["id"], sampler=sampler or ShuffleSampler(seed=2), device="cpu")
-    context = "spawn" if workers else None
+def stateful(rows: Any, workers: int, context: Any = None, rank: int = 0, world: int = 1) -> StatefulDataLoader:
+    dataset = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(rank, world, seed=2), device="cpu")
     return StatefulDataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
 
 
@@ -475,15 +474,47 @@ def test_a_stateful_data_loader_goes_on(rows: Any, steps: int) -> None:
 @TORCHDATA
 def test_a_stateful_data_loader_with_workers_goes_on(rows: Any) -> None:
     expected = list(LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2)))
-    loader = stateful(rows, 2)
+    loader = stateful(rows, 2, "spawn")
     running = iter(loader)
     for _ in range(7):  # an odd number: the workers are not in step
         next(running)
     state = reopened(loader.state_dict())
     running._shutdown_workers()
-    other = stateful(rows, 2)
+    other = stateful(rows, 2, "spawn")
     other.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(list(other), expected[7:], strict=True))
+
+
+@TORCHDATA
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stateful_data_loader_with_workers_goes_on_and_on(rows: Any, quick: Any, world: int) -> None:
+    dataset = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(world - 1, world, seed=2))
+    expected = list(dataset)
+    take(dataset, 1)
+    loader, found = stateful(rows, 3, quick, world - 1, world), expected[:1]
+    loader.dataset.load_state_dict(dataset.state_dict())  # from a run without workers
+    for steps in (2, 1, 4, 100):
+        running = iter(loader)
+        found += [batch for _, batch in zip(range(steps), running, strict=False)]
+        state = reopened(loader.state_dict())
+        running._shutdown_workers()
+        loader = stateful(rows, 3, quick, world - 1, world)
+        loader.load_state_dict(state)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@TORCHDATA
+def test_what_one_worker_knows_does_not_fit_another_world_size(rows: Any, quick: Any) -> None:
+    loader = stateful(rows, 2, quick, 0, 2)
+    running = iter(loader)
+    next(running)
+    state = loader.state_dict()
+    running._shutdown_workers()
+    other = stateful(rows, 2, quick, 0, 3)
+    other.load_state_dict(state)
+    with pytest.raises(StateError, match=r"world_size=2 .* got world_size=3\. A DataLoader worker"):
+        iter(other)
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------

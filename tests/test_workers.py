@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("workers") / "rows.lance"
     write(path, [40, 7, 56])
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def quick() -> Any:
-    """A forkserver that has imported the package, so that its workers start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gpuload"])
-    return context
 
 
 def loader(dataset: Any, workers: int, context: Any, **options: Any) -> DataLoader[Any]:
