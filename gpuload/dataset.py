@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import itertools
@@ -176,6 +177,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._resume = False
         running = self._run(self._position)
         self._running.add(running)
+        _in_use.add(self)
         return running
 
     def __len__(self) -> int:
@@ -399,3 +401,13 @@ class LanceDataset(IterableDataset[Batch]):
         folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._open().use_cache(folder)
+
+
+_in_use: weakref.WeakSet[LanceDataset] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End what still runs while the modules that it needs are whole: an open iterator outlives them otherwise."""
+    for dataset in list(_in_use):
+        dataset.close()
