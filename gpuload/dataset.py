@@ -66,6 +66,8 @@ class LanceDataset(IterableDataset[Batch]):
         What ranks divide without a `sampler`: batches (the default, always equal) or whole fragments.
     batch_readahead : int
         Batches prepared ahead of the training loop; memory is bounded by it.
+    readahead_bytes : int
+        And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
     to_tensor_fn : callable or None, optional
         Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
     sampler : lance.sampler.Sampler, optional
@@ -123,10 +125,15 @@ class LanceDataset(IterableDataset[Batch]):
         seed: int = 0,
         num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        readahead_bytes: int = 1 << 30,
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "batch_readahead": batch_readahead, "max_pixels": max_pixels}
-        counts |= {"samples": samples or 0, "num_threads": 1 if num_threads is None else num_threads}
+        counts |= {
+            "readahead_bytes": readahead_bytes,
+            "samples": samples or 0,
+            "num_threads": 1 if num_threads is None else num_threads,
+        }
         for name, value in counts.items():
             least = int(name != "samples")
             if type(value) is not int or value < least:
@@ -140,6 +147,7 @@ class LanceDataset(IterableDataset[Batch]):
         check_words(device, decoder)
         self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
         self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
+        self.readahead_bytes = readahead_bytes
         self.transforms = dict(transforms or {})
         self._dataset, self._cache = dataset, cache
         self._projection: dict[str, Any] = {
@@ -321,12 +329,14 @@ class LanceDataset(IterableDataset[Batch]):
             pipeline = Pipeline(
                 self._columns, self._tokens, self._decode_with(), seed=self.seed, epoch=position.epoch,
                 on_error=self.on_error, threads=self._clocks["decode"].threads, ahead=self.batch_readahead,
-                counts=self._counts, clocks=self._clocks,
+                ahead_bytes=self.readahead_bytes, counts=self._counts, clocks=self._clocks,
             )  # fmt: skip
             running: Any = pipeline.run(reads)
         else:
             convert, function = source.hf_converter(), self._to_tensor_fn
-            running = raw_batches(reads, function, convert, self.batch_readahead, self._clocks["read"])
+            running = raw_batches(
+                reads, function, convert, self.batch_readahead, self.readahead_bytes, self._clocks["read"]
+            )
         try:
             for made in running:
                 step, batch = (made.step, deliver(made, self.device)) if isinstance(made, Batch) else made

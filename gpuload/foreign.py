@@ -13,7 +13,7 @@ from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
 from gpuload.pipeline import READ_THREADS, Read
 from gpuload.source import Source
-from gpuload.stages import ordered_map
+from gpuload.stages import Budget, ordered_map
 
 
 def foreign_reads(
@@ -62,15 +62,28 @@ def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
 
 
 def raw_batches(
-    reads: Iterable[Read], function: Callable[..., Any] | None, converter: Any, ahead: int, clock: Clock
+    reads: Iterable[Read],
+    function: Callable[..., Any] | None,
+    converter: Any,
+    ahead: int,
+    ahead_bytes: int,
+    clock: Clock,
 ) -> Iterator[tuple[int, Any]]:
     """(step, RecordBatch or what `function` makes of it); rows that would only fill up a rank are left out."""
+    budget = Budget(reads, ahead_bytes)
+
+    def fetch(read: Read) -> tuple[int, pa.Table]:
+        table = read.table()
+        budget.weigh(table.nbytes)
+        return read.step, table.slice(0, read.real)
+
     tables = ordered_map(
-        lambda read: (read.step, read.table().slice(0, read.real)), reads,
-        threads=READ_THREADS, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
+        fetch, budget, threads=READ_THREADS, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
+        size=lambda found: found[1].nbytes,
     )  # fmt: skip
     try:
         for step, table in tables:
+            budget.leave()
             joined = table.combine_chunks().to_batches()
             batch = joined[0] if joined else pa.RecordBatch.from_pylist([], schema=table.schema)
             yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)

@@ -7,6 +7,7 @@ plan ─ranges─▶ read, columns, text ─Draft─▶ slices ─▶ decode, re
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections import Counter
@@ -30,7 +31,7 @@ from gpuload.decode.region import Crop, Cropped
 from gpuload.device import one_torch_thread
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
-from gpuload.stages import flat_map, ordered_map
+from gpuload.stages import Budget, flat_map, ordered_map
 from gpuload.text import Tokens
 from gpuload.transforms import Image
 
@@ -90,6 +91,7 @@ class Pipeline:
         on_error: str,
         threads: int,
         ahead: int,
+        ahead_bytes: int,
         counts: Counter[str],
         clocks: dict[str, Clock],
     ) -> None:
@@ -99,12 +101,15 @@ class Pipeline:
         self._threads, self._ahead, self._counts, self._clocks = threads, max(1, ahead), counts, clocks
         self._count_lock = threading.Lock()
         self._in_flight = 0  # batches being decoded, or decoded and not yet taken
+        self._ahead_bytes = ahead_bytes
+        self._budget: Budget[Read]
 
     def run(self, reads: Iterable[Read]) -> Iterator[Batch]:
         """Batches in the order of `reads`. Closing the generator ends every thread."""
+        self._budget = budget = Budget(reads, self._ahead_bytes)
         drafts = ordered_map(
             self._prepare,
-            reads,
+            budget,
             threads=READ_THREADS,
             ahead=max(READ_THREADS, self._ahead // 2),
             name="read",
@@ -112,7 +117,7 @@ class Pipeline:
             initializer=one_torch_thread,
             size=lambda draft: draft.size,
         )
-        slices = flat_map(self._cut, drafts, lambda: self._in_flight < self._ahead)
+        slices = flat_map(self._cut, drafts, lambda: self._in_flight < min(self._ahead, budget.limit()))
         done = ordered_map(
             self._decode,
             slices,
@@ -127,6 +132,7 @@ class Pipeline:
                 part.draft.slices -= 1
                 if not part.draft.slices:
                     self._in_flight -= 1
+                    budget.leave()
                     yield self._finish(part.draft)
                 del part
         finally:
@@ -149,6 +155,8 @@ class Pipeline:
                     draft.nulls[column.name] = torch.from_numpy(nulls)
             else:
                 draft.columns[column.name] = data.to_pylist()
+        rooms = [c.transform for c in self._images if isinstance(c.transform, Image) and c.transform.shape]
+        self._weigh(draft, sum(image.dtype.itemsize * math.prod(image.shape or ()) for image in rooms))
         self._count(bytes_read=draft.size, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
         return draft
 
@@ -231,8 +239,13 @@ class Pipeline:
             for i in range(hi - lo):
                 if heights[i]:
                     out[lo + i] = resize.native(ragged, i, bool(flips[i]), image)
+                    self._weigh(draft, out[lo + i].nbytes)
         draft.views[name][lo:hi] = [None] * (hi - lo)  # the encoded bytes may go
         return part
+
+    def _weigh(self, draft: Draft, pixels: int) -> None:
+        """Tell the budget what a batch takes: what was read, and `pixels` bytes for every row."""
+        self._budget.weigh(draft.size + pixels * len(draft.rows))
 
     def _finish(self, draft: Draft) -> Batch:
         """The policy for bad rows, and the batch."""

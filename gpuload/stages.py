@@ -156,3 +156,40 @@ class flat_map(Generic[T, R], Iterator[R]):
     def close(self) -> None:
         self._left.clear()
         self._items.close()
+
+
+class Budget(Generic[T], Iterator[T]):
+    """Items while they fit: as many under way as `most` bytes hold of the largest one seen so far, at least one.
+
+    Until the first is weighed there is one. The stage that pulls asks `ready` first; `weigh` may come from any thread,
+    `leave` from the one that pulls.
+    """
+
+    def __init__(self, items: Iterable[T], most: int) -> None:
+        self._items, self._most = iter(items), most
+        self._largest, self._under_way = 0, 0
+
+    def __next__(self) -> T:
+        item = next(self._items)
+        self._under_way += 1
+        return item
+
+    def limit(self) -> int:
+        """Items that fit."""
+        return max(1, self._most // self._largest) if self._largest else 1
+
+    def ready(self) -> bool:
+        return self._under_way < self.limit()
+
+    def weigh(self, size: int) -> None:
+        """An item has turned out to take `size` bytes."""
+        self._largest = max(self._largest, size)
+
+    def leave(self) -> None:
+        """An item is the consumer's now."""
+        self._under_way -= 1
+
+    def close(self) -> None:
+        close = getattr(self._items, "close", None)
+        if close is not None:
+            close()
