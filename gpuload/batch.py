@@ -19,7 +19,7 @@ class Batch(dict[str, Any]):
     Attributes
     ----------
     rows : i64[B]
-        Positions of the rows in the dataset, on the CPU.
+        Positions of the rows in the dataset, on the CPU; -1 in a batch that a framework rebuilt from its columns.
     valid : bool[B]
         False for rows that only fill up a short rank and for rows that ``on_error="mask"`` blanked, on the CPU.
     epoch, step : int
@@ -37,13 +37,16 @@ class Batch(dict[str, Any]):
     def __init__(
         self,
         columns: dict[str, Any],
-        rows: torch.Tensor,
-        valid: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
         epoch: int = 0,
         step: int = 0,
         nulls: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(columns)
+        if rows is None:  # type(batch)({...}), as transformers and accelerate write it
+            rows = torch.full((max(map(len, columns.values()), default=0),), -1)
+        valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
         for name, value in columns.items():
             if len(value) != len(rows):

@@ -28,7 +28,7 @@ from gpuload.device import check_words, choose_device, deliver, describe, make_d
 from gpuload.errors import ConfigError
 from gpuload.foreign import foreign_reads, raw_batches
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
-from gpuload.ranks import Ranks
+from gpuload.ranks import Ranks, check_wrappers
 from gpuload.samplers import Plan, PlanSampler, make_sampler
 from gpuload.schema import Column, resolve
 from gpuload.source import Source, check_fork, lance_running
@@ -179,6 +179,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Any]:
         """This rank's batches of the current epoch, from the start or from where a loaded state says."""
         check_fork()
+        check_wrappers(getattr(self.sampler, "world_size", 1))
         epoch = self._epoch_now()
         if not self._resume or self._position.epoch != epoch:
             self._position = state.Position(epoch)
