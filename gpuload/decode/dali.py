@@ -1,0 +1,192 @@
+"""NVIDIA DALI: byte views enter, pixels in memory of DALI's leave; JPEG on the GPU, PNG, BMP and WebP on its
+CPU threads.
+
+One pipeline a lane: external_source without a copy, then decoders.image, "mixed" on CUDA and "cpu" on the CPU. The
+images stay where DALI put them: the table's offsets point there, the lane's slot keeps DALI's outputs alive until the
+arena ring hands the slot out again, that is, until the kernel that read them has finished.
+
+DALI refuses a whole batch for one bad image, and the pipeline is then no longer valid. So it is built again and the
+batch decoded without the image that DALI names; where it names none, each half is tried. The host has the last word.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image as pillow
+
+from gpuload.decode.arena import Lane, Slot
+from gpuload.decode.header import ends, orientation, sniff
+from gpuload.decode.lanes import LaneDecoder, Views
+from gpuload.errors import DeviceError
+
+_PLAIN = ("L", "LA", "P", "RGB", "RGBA", "1")  # Pillow's words for eight bits or fewer a sample
+_KINDS = ("JPEG", "PNG", "BMP", "WEBP")  # it reads more, but scales 16-bit samples where Pillow takes the high byte
+_NAMED = re.compile(r"sample #(\d+)")
+
+
+class DaliDecoder(LaneDecoder):
+    """Decodes with DALI.
+
+    Parameters
+    ----------
+    device, max_pixels, threads
+        As `LaneDecoder`. The threads are shared by the calls that run at once.
+    parity : bool
+        Interpolate chroma as the CPU decoders do, and do not use the JPEG engine.
+    calls : int
+        Calls at once.
+
+    Raises
+    ------
+    DeviceError
+        DALI is not installed.
+    """
+
+    name = library = "dali"
+
+    def __init__(
+        self, device: torch.device, max_pixels: int, threads: int = 1, *, parity: bool = False, calls: int = 1
+    ) -> None:
+        super().__init__(device, max_pixels, threads)
+        self._fn, self._types, self._pipeline = _import()
+        self.name = "dali:parity" if parity else "dali"
+        self._parity, self._workers = parity, max(1, threads // calls)
+
+    def _lane(self) -> Lane[Any]:
+        return Lane(self.device, _Tool())
+
+    def _build(self, batch_size: int) -> Any:
+        """A pipeline for batches of up to `batch_size` images."""
+        cuda = self.device.type == "cuda"
+        options: dict[str, Any] = {"jpeg_fancy_upsampling": self._parity} if cuda else {}
+        if cuda and self._parity:
+            options["hw_decoder_load"] = 0.0
+        pipeline = self._pipeline(
+            batch_size=batch_size,
+            num_threads=self._workers,
+            device_id=(self.device.index or 0) if cuda else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,  # its outputs belong to whoever holds them, also after the next run
+        )
+        with pipeline:
+            encoded = self._fn.external_source(
+                name="encoded", dtype=self._types.UINT8, ndim=1, no_copy=True, batch=True
+            )
+            pixels = self._fn.decoders.image(
+                encoded,
+                device="mixed" if cuda else "cpu",
+                output_type=self._types.RGB,
+                adjust_orientation=False,  # our own table and kernel turn the images
+                **options,
+            )
+            pipeline.set_outputs(pixels)
+        pipeline.build()
+        return pipeline
+
+    def _claim(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
+        claimed: dict[int, Any] = {}
+        for i, view in enumerate(views):
+            kind = None if view is None or not len(view) else sniff(view)
+            if kind not in _KINDS or (kind == "JPEG" and not ends(view)):
+                continue
+            height, width = _size(view)
+            if 0 < height * width <= self._max_pixels:
+                claimed[i] = view
+                table[i] = (0, width * 3, height, width, 3, orientation(view, kind) if orient else 1)
+        return claimed
+
+    def _room(self, table: NDArray[np.void], claimed: dict[int, Any]) -> int:
+        return 0
+
+    def _run(self, lane: Lane[Any], slot: Slot, table: NDArray[np.void], claimed: dict[int, Any]) -> list[int]:
+        start = slot.arena(0).data_ptr()
+        slot.keep.append(claimed)  # no_copy: DALI reads the encoded bytes where they are
+        failed: list[int] = []
+        parts = [list(claimed)]
+        while parts:
+            part = parts.pop()
+            try:
+                images = self._decode_part(lane, [claimed[i] for i in part])
+            except RuntimeError as error:
+                lane.tool.pipeline = None  # "Current pipeline object is no longer valid"
+                if "out of memory" in str(error).lower():
+                    raise
+                bad, *halves = _apart(part, str(error))
+                failed += bad
+                parts += [half for half in halves if half]
+                continue
+            slot.keep.append(images)
+            for i, (address, shape) in zip(part, _places(images), strict=True):
+                if shape != (table["height"][i], table["width"][i], 3):
+                    failed.append(i)
+                table["offset"][i] = address - start
+        return sorted(failed)
+
+    def _decode_part(self, lane: Lane[Any], views: list[NDArray[np.uint8]]) -> Any:
+        """DALI's list of images, ordered on the lane's stream."""
+        tool = lane.tool
+        if tool.pipeline is None or tool.batch_size < len(views):
+            tool.batch_size = max(tool.batch_size, len(views))
+            tool.pipeline = self._build(tool.batch_size)
+        tool.pipeline.feed_input("encoded", views)
+        cuda = self.device.type == "cuda"
+        (images,) = tool.pipeline.run(cuda_stream=lane.stream.cuda_stream) if cuda else tool.pipeline.run()
+        return images
+
+
+class _Tool:
+    """One lane's pipeline, and the largest batch it was built for."""
+
+    def __init__(self) -> None:
+        self.pipeline: Any = None
+        self.batch_size = 0
+
+
+def _apart(part: list[int], message: str) -> tuple[list[int], list[int], list[int]]:
+    """(what the host shall decode, two lists to try again) of a batch that DALI refused with `message`."""
+    named = _NAMED.search(message)
+    if len(part) == 1:
+        return part, [], []
+    if named and int(named[1]) < len(part):
+        at = int(named[1])
+        return [part[at]], part[:at] + part[at + 1 :], []
+    return [], part[: len(part) // 2], part[len(part) // 2 :]
+
+
+def _places(images: Any) -> list[tuple[int, tuple[int, ...]]]:
+    """(address, shape) of each image."""
+    return [(image.data_ptr(), tuple(image.shape())) for image in images]
+
+
+def _size(view: Any) -> tuple[int, int]:
+    """Height and width by the header; (0, 0) where it is broken, or the samples are not eight-bit gray or RGB."""
+    try:
+        if view[0] == 0xFF and view[1] == 0xD8:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(view)
+            return (int(height), int(width)) if space in ("YCbCr", "RGB", "Gray") else (0, 0)
+        with pillow.open(io.BytesIO(view)) as image:
+            deep = image.format == "PNG" and view[24] == 16  # bits a sample, which Pillow's mode does not tell
+            return (image.height, image.width) if image.mode in _PLAIN and not deep else (0, 0)
+    except Exception:  # Pillow's plugins raise nearly anything on broken files
+        return 0, 0
+
+
+def _import() -> tuple[Any, Any, Any]:
+    """DALI's fn, types and Pipeline."""
+    try:
+        names = ("nvidia.dali.fn", "nvidia.dali.types", "nvidia.dali.pipeline")
+        fn, types, pipeline = (importlib.import_module(name) for name in names)
+    except ImportError as error:
+        cuda = (torch.version.cuda or "13").split(".")[0]
+        raise DeviceError(
+            f'Expected DALI for decoder="dali", got {error}. Do: pip install "gpuload[dali{cuda}]", or decoder="cpu".'
+        ) from error
+    return fn, types, pipeline.Pipeline

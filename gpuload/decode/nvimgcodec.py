@@ -1,0 +1,166 @@
+"""nvImageCodec: byte views enter, pixels in an arena on the GPU leave; baseline JPEG on the JPEG engine, other JPEG and
+JPEG 2000 on CUDA cores, what is left on the host. With device="cpu" the same code decodes on the CPU.
+
+Two modes. The default lets JPEG engine and CUDA cores share the work and repeats chroma samples, as NVIDIA's own
+loaders do. Parity (``"nvimgcodec:parity"``) interpolates chroma as the CPU decoders do and leaves the engine out, whose
+inverse DCT rounds in another way: slower, and the nearest to the CPU's pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as pillow
+
+from gpuload.decode import Memory
+from gpuload.decode.arena import Lane, Slot
+from gpuload.decode.header import ends, orientation
+from gpuload.decode.lanes import LaneDecoder, Views
+from gpuload.errors import DeviceError
+
+HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
+_KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`
+_ON_CPU = ("jpeg", "png", "webp", "tiff", "bmp", "pnm", "jpeg2k")
+
+
+class NvImageCodecDecoder(LaneDecoder):
+    """Decodes through nvJPEG on CUDA, through libjpeg-turbo and libtiff on the CPU.
+
+    Parameters
+    ----------
+    device, max_pixels, threads
+        As `LaneDecoder`. The threads are shared by the calls that run at once.
+    parity : bool
+        Interpolate chroma, and do not use the JPEG engine.
+    hardware_load : float
+        In [0, 1]: share of a batch for the JPEG engine.
+    calls : int
+        Calls at once.
+
+    Raises
+    ------
+    DeviceError
+        nvImageCodec is not installed; or, at the first call, finds no nvJPEG or no GPU.
+    """
+
+    name = library = "nvimgcodec"
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_pixels: int,
+        threads: int = 1,
+        *,
+        parity: bool = False,
+        hardware_load: float = HARDWARE_LOAD,
+        calls: int = 1,
+    ) -> None:
+        super().__init__(device, max_pixels, threads)
+        self._nv = _import()
+        self.name = "nvimgcodec:parity" if parity else "nvimgcodec"
+        self._parity, self._load = parity, 0.0 if parity else hardware_load
+        self._workers = max(1, min(threads // calls, (os.cpu_count() or 2) - 1))  # more is refused with a warning
+        self._codecs: tuple[str, ...] = _ON_CPU
+        if device.type == "cuda":
+            self._codecs = ("jpeg", "jpeg2k") if importlib.util.find_spec("nvidia.nvjpeg2k") else ("jpeg",)
+        # our own table and kernel turn the images; color_spec=SRGB gives gray images three equal channels
+        self._params = self._nv.DecodeParams(apply_exif_orientation=False)
+
+    def _lane(self) -> Lane[Any]:
+        """One Decoder, which two threads must never share: it then gives wrong pixels, and hangs."""
+        nv = self._nv
+        if self.device.type == "cpu":
+            only = [nv.Backend(nv.BackendKind.CPU_ONLY)]
+            tool = nv.Decoder(device_id=nv.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=only)
+            return Lane(self.device, tool)
+        kinds = nv.BackendKind  # without CPU_ONLY: a missing libnvjpeg must not become silent decoding on the host
+        backends = [nv.Backend(kinds.GPU_ONLY), nv.Backend(kinds.HYBRID_CPU_GPU)]
+        if self._load > 0:
+            backends.insert(0, nv.Backend(kinds.HW_GPU_ONLY, load_hint=self._load))
+        options = f":fancy_upsampling={int(self._parity)}"
+        index = self.device.index or 0
+        tool = nv.Decoder(device_id=index, max_num_cpu_threads=self._workers, backends=backends, options=options)
+        lane = Lane(self.device, tool)
+        self._probe(lane)
+        return lane
+
+    def _probe(self, lane: Lane[Any]) -> None:
+        """Decode one small picture: a libnvjpeg that is missing shows only in its result."""
+        file = io.BytesIO()
+        pillow.new("RGB", (64, 64), (200, 100, 50)).save(file, "JPEG")
+        view = np.frombuffer(file.getvalue(), np.uint8)
+        with lane.current():
+            arena = lane.slot().arena(64 * 64 * 3)
+            (image,) = self._decode_to(lane, [self._nv.CodeStream(view)], [(arena.data_ptr(), (64, 64, 3))])
+        lane.stream.synchronize()
+        if image is None:
+            cuda = (torch.version.cuda or "13").split(".")[0]
+            raise DeviceError(
+                f"Expected nvImageCodec to decode a JPEG file on {self.device}, got nothing: nvJPEG is missing or does "
+                f'not fit the driver. Do: pip install "gpuload[cuda{cuda}]", or decoder="cpu".'
+            )
+
+    def _claim(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
+        claimed: dict[int, Any] = {}
+        for i, view in enumerate(views):
+            if view is None or not len(view):
+                continue
+            try:
+                stream = self._nv.CodeStream(view)  # no copy: the stream refers to the view's memory
+                height, width, codec = stream.height, stream.width, stream.codec_name
+            except RuntimeError:  # GIF, AVIF, ICO, TGA, QOI, no image at all
+                continue
+            if codec not in self._codecs or not 0 < height * width <= self._max_pixels:
+                continue
+            if (codec == "jpeg" and not ends(view)) or not _plain(stream, codec):
+                continue
+            turned = orientation(view, _KINDS.get(codec)) if orient or codec == "tiff" else 1
+            if codec == "tiff" and turned != 1:  # Pillow turns these as it loads them, whatever `orient` says
+                continue
+            claimed[i] = (stream, view)
+            table[i] = (0, width * 3, height, width, 3, turned)
+        return claimed
+
+    def _run(self, lane: Lane[Any], slot: Slot, table: NDArray[np.void], claimed: dict[int, Any]) -> list[int]:
+        start = slot.arena(0).data_ptr()
+        places = [
+            (start + int(row["offset"]), (int(row["height"]), int(row["width"]), 3)) for row in table[list(claimed)]
+        ]
+        slot.keep.append(claimed)  # the encoded bytes: the engine may read them after the call
+        images = self._decode_to(lane, [stream for stream, _ in claimed.values()], places)
+        slot.keep.append(images)
+        return [i for i, image in zip(claimed, images, strict=True) if image is None]
+
+    def _decode_to(self, lane: Lane[Any], streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
+        """Put on the lane's stream; images or None. A place is (address, (height, width, 3))."""
+        cuda = self.device.type == "cuda"
+        stream = lane.stream.cuda_stream if cuda else 0
+        memory = [Memory(address, shape, None, cuda) for address, shape in places]
+        images = self._nv.as_images(memory, cuda_stream=stream)
+        decoded: list[Any] = lane.tool.decode(streams, images=images, params=self._params, cuda_stream=stream)
+        return decoded
+
+
+def _plain(stream: Any, codec: str) -> bool:
+    """Whether its pixels are eight-bit gray or RGB: of other kinds Pillow has the better, and the only, opinion."""
+    if str(stream.dtype) != "uint8":
+        return False
+    return codec not in ("jpeg", "jpeg2k") or stream.num_channels in (1, 3)
+
+
+def _import() -> Any:
+    try:
+        return importlib.import_module("nvidia.nvimgcodec")
+    except ImportError as error:
+        cuda = (torch.version.cuda or "13").split(".")[0]
+        raise DeviceError(
+            f'Expected nvImageCodec for decoder="nvimgcodec", got {error}. Do: pip install "gpuload[cuda{cuda}]", or '
+            'decoder="cpu".'
+        ) from error
