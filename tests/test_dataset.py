@@ -366,7 +366,7 @@ def test_a_slow_loop_is_read_ahead_of_by_batch_readahead(
 
 def test_batches_that_were_taken_are_let_go(many: str) -> None:
     """But for the last, which the line holds until it is asked for the next."""
-    dataset = LanceDataset(many, 20, transforms={"image": Image(16)}, device="cpu")
+    dataset = LanceDataset(many, 100, transforms={"image": Image(16)}, device="cpu")
     older = {id(item) for item in gc.get_objects() if type(item) is Batch}
     for batch in dataset:
         del batch

@@ -1,0 +1,162 @@
+"""The tree is the architecture: who may import whom, who owns which package, what is public, how long a file is."""
+
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import gpuload.kernels  # type: ignore[import-not-found, unused-ignore]  # mypy cannot follow package-dir
+import pytest
+
+import gpuload
+
+PACKAGE = Path(gpuload.__file__).parent
+KERNELS = Path(gpuload.kernels.__file__)
+LONGEST = 350  # lines
+
+# A file imports only from files before it. A new file gets its place here.
+LAYERS = """
+errors philox permutation malloc
+transforms
+projection source samplers
+columns
+kernels
+decode decode.header decode.host decode.region decode.cpu decode.encoded
+decode.arena decode.lanes decode.nvimgcodec decode.dali
+resize text batch
+clock trace stages
+device state schema ranks
+pipeline foreign dataset
+gpuload
+undecoded dali
+describe folder ingest sheet demo bench
+cli
+""".split()  # noqa: SIM905 - the lines say more than a list would
+
+# One optional or heavy package, one place that knows it.
+OWNERS = {
+    "lance": {"source", "ingest"},
+    "cupy": {"kernels"},
+    "nvidia": {"decode.nvimgcodec", "decode.dali", "dali"},
+    "tokenizers": {"text"},
+    "transformers": {"text"},
+    "datasets": set(),
+    "simplejpeg": {name for name in LAYERS if name.startswith("decode.")},
+    "PIL": {name for name in LAYERS if name.startswith("decode.")}
+    | {"sheet", "demo", "folder", "ingest", "describe", "undecoded"},
+    "typer": {"cli"},
+    "rich": {"cli", "ingest"},
+}
+
+
+def files() -> dict[str, Path]:
+    """Module name without `gpuload.` → its file; the package itself is "gpuload"."""
+    found = {"kernels": KERNELS}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "kernels":
+            found[".".join(part for part in parts if part != "__init__") or "gpuload"] = path
+    return found
+
+
+FILES = files()
+
+
+def imported(path: Path) -> set[str]:
+    """Every module or name that a file imports, at its head or in a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or path == KERNELS, f"{path}: a relative import hides where a name comes from"
+            module = node.module if node.level == 0 else "gpuload.kernels"
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layers_of(path: Path) -> set[str]:
+    """The files of gpuload that a file imports."""
+    found = set()
+    for name in imported(path):
+        if name.split(".")[0] == "gpuload":
+            rest = name.split(".")[1:]
+            known = [".".join(rest[:n]) for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in FILES]
+            found.add(known[0] if known else "gpuload")
+    return found
+
+
+def test_every_file_has_its_layer() -> None:
+    assert not set(FILES) - set(LAYERS), "give each new file its place in LAYERS"
+    assert len(LAYERS) == len(set(LAYERS))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_files_above_it(name: str) -> None:
+    above = set(LAYERS[: LAYERS.index(name)])
+    assert layers_of(FILES[name]) - {name} <= above
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_is_imported_by_its_owner_alone(package: str) -> None:
+    users = {name for name, path in FILES.items() if any(i.split(".")[0] == package for i in imported(path))}
+    assert users <= OWNERS[package]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(reason="to be split", strict=True)) if name == "dataset" else name
+        for name in FILES
+    ],
+)
+def test_no_file_is_too_long(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_says_what_it_is_for(name: str) -> None:
+    assert ast.get_docstring(ast.parse(FILES[name].read_text()))
+
+
+def test_public_names_are_sorted_and_complete() -> None:
+    assert gpuload.__all__ == sorted(gpuload.__all__)
+    public = {name for name, value in vars(gpuload).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public - {"annotations"} == set(gpuload.__all__)
+    for name in gpuload.__all__:
+        assert getattr(gpuload, name).__module__.startswith("gpuload.")
+        assert getattr(gpuload, name).__doc__
+
+
+def run(program: str, *options: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=cwd
+    )
+    return done.stdout.strip()
+
+
+def test_importing_gpuload_imports_no_package_that_is_optional() -> None:
+    optional = ("cupy", "nvidia.nvimgcodec", "nvidia.dali", "datasets", "transformers", "typer", "rich")
+    loaded = run(f"import sys, gpuload; print([name for name in {optional} if name in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_importing_gpuload_starts_no_thread_and_no_lance() -> None:
+    program = "import threading, gpuload; from gpuload.source import lance_running as running"
+    assert run(program + "; print(threading.active_count(), running())") == "1 False"
+
+
+def test_no_top_level_module_kernels_is_installed(tmp_path: Path) -> None:
+    """Another project owns that name."""
+    find = "import importlib.util as u; print(u.find_spec('kernels'), bool(u.find_spec('gpuload.kernels')))"
+    assert run(find, "-I", cwd=tmp_path) == "None True"
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert importlib.resources.files("gpuload").joinpath("py.typed").is_file()
+    for name in ("resize_normalize.cu", "cpu_shim.h"):
+        assert importlib.resources.files("gpuload.kernels").joinpath(name).is_file()
