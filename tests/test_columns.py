@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from making import jpeg
 
 from gpuload import LanceDataset
+from gpuload.columns import to_tensor
 
 Store = Callable[..., str]
 BIG = 2**60 + 1  # no float64
@@ -183,9 +184,30 @@ def test_tensors_are_owned_and_writable(name: str, store: Store) -> None:
         assert torch.equal(batch["x"], expected)
 
 
-def test_converting_leaves_the_arrow_memory_alone() -> None:
-    from gpuload.columns import to_tensor
+SLICED = {
+    "int": pa.array([1, None, 3, 4, None, 6], pa.int32()),
+    "bool": pa.array([True, None, False, True, None, True]),
+    "bfloat16": lance.arrow.bfloat16_array([1.0, 2.0, None, 4.0, 5.0, 6.0]),
+    "list": pa.array([[1, 2], None, [3, 4], [5, None], [7, 8], [9, 10]], pa.list_(pa.int16(), 2)),
+    "nested": pa.array([[[i], [i + 1]] for i in range(6)], pa.list_(pa.list_(pa.int8(), 1), 2)),
+}
 
+
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (2, 5), (3, 6), (4, 4)])
+def test_a_slice_of_an_arrow_column_is_its_own_rows(name: str, start: int, stop: int) -> None:
+    """A sampler of the user's own, and rebatching, hand over slices."""
+    whole, null = to_tensor(pa.chunked_array([SLICED[name]]))
+    part, part_null = to_tensor(pa.chunked_array([SLICED[name].slice(start, stop - start)]))
+    assert part.dtype == whole.dtype
+    torch.testing.assert_close(part, whole[start:stop], equal_nan=True, atol=0, rtol=0)
+    nothing = np.zeros(stop - start, bool)
+    np.testing.assert_array_equal(
+        nothing if part_null is None else part_null, nothing if null is None else null[start:stop]
+    )
+
+
+def test_converting_leaves_the_arrow_memory_alone() -> None:
     column = pa.chunked_array([pa.array([1, 2, 3], pa.int64())])
     tensor, _ = to_tensor(column)
     tensor += 100

@@ -441,6 +441,8 @@ def test_struct_of_bytes_and_path_is_found_without_metadata(store: Store) -> Non
 def test_encoded_image_of_lance_is_found(store: Store) -> None:
     kind = lance.arrow.EncodedImageType()
     check_found(store({"image": pa.ExtensionArray.from_storage(kind, pa.array(FILES_OF_TWO, kind.storage_type))}))
+    empty = pa.ExtensionArray.from_storage(kind, pa.array([None, b"broken"], kind.storage_type))
+    assert "image: uint8[B, 3, H, W]" in repr(LanceDataset(store({"image": empty}), 2))  # its type alone says so
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
