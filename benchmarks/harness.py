@@ -1,8 +1,9 @@
 """How every benchmark here runs: named cases, one process each, interleaved; median and spread; one JSON file.
 
-A benchmark file defines `CASES`, name → function(settings) → job, and calls `main`. The function imports and prepares;
-only the job's time counts, and it returns the number of rows it handled. Each run is a process of its own, so that no
-case inherits another's allocator, threads or caches but the page cache.
+A benchmark file defines cases, name → function(settings) → job, and calls `main`. The function imports and prepares;
+only the job counts: it yields the number of rows of each batch. Each run is a process of its own, so that no case
+inherits another's allocator, threads or caches but the page cache. Peak memory comes from one more run, in which the
+shares (PSS) of the process and all its children are added up ten times a second.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-Job = Callable[[], int]
+Job = Callable[[], Iterable[int]]
 Case = Callable[[Any], Job]
+RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
-    "gpuload",
-    "torch",
-    "pylance",
-    "pyarrow",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "lancedb",
-    "nvidia-dali-cuda130",
-)
+    "gpuload", "torch", "pylance", "pyarrow", "numpy", "pillow", "simplejpeg", "tokenizers", "lancedb",
+    "nvidia-dali-cuda130", "spdl", "webdataset", "mosaicml-streaming", "datasets", "grain",
+)  # fmt: skip
 
 
 def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: Callable[[Any], None]) -> None:
@@ -48,7 +42,7 @@ def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: 
     Parameters
     ----------
     name : str
-        The result is ``benchmarks/results/<name>.json`` unless --out says otherwise.
+        The result is ``benchmarks/results/<name>.json`` unless --out says otherwise; ``{task}`` is filled in.
     cases : dict
         The first one is what the ratios refer to.
     arguments : dict
@@ -56,78 +50,116 @@ def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: 
     prepare : callable
         Makes the data, once, before anything is timed.
     """
+    settings = _arguments(arguments)
+    if settings.only:
+        print(json.dumps(_once(cases[settings.only], settings)))
+        return
+    prepare(settings)
+    name = name.format(**vars(settings))
+    chosen = [case for case in cases if not settings.cases or case in settings.cases.split(",")]
+    runs: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
+    console = Console(stderr=True)
+    order = [(case, False) for _ in range(settings.repeats) for case in chosen]
+    order += [(case, True) for case in chosen if settings.memory]
+    missing: set[str] = set()
+    for case, memory in track(order, name, console=console, disable=not console.is_terminal):
+        if case in missing:
+            continue
+        run = _child(case, memory)
+        if "missing" in run:
+            console.print(f"{case}: left out, {run['missing']}", markup=False)
+            missing.add(case)
+        runs[case].append(run)
+    report = _report(name, settings, runs)
+    _show(report)
+    out = Path(settings.out or RESULTS / f"{name}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _arguments(arguments: dict[str, Any]) -> Any:
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     for option, default in arguments.items():
         kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default or "")}
         parser.add_argument(f"--{option.replace('_', '-')}", default=default, **kind)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / f"{name}.json"))
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", default="")
     parser.add_argument("--cases", default="", help="comma-separated; all by default")
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    settings = parser.parse_args()
-    if settings.only:
-        print(json.dumps(_once(cases[settings.only], settings)))
-        return
-    prepare(settings)
-    chosen = [case for case in cases if not settings.cases or case in settings.cases.split(",")]
-    runs: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
-    console = Console(stderr=True)
-    order = [case for _ in range(settings.repeats) for case in chosen]
-    for case in track(order, name, console=console, disable=not console.is_terminal):
-        run = _child(case)
-        if "missing" in run:
-            console.print(f"{case}: left out, {run['missing']}", markup=False)
-        runs[case].append(run)
-    report = _report(name, settings, runs)
-    _show(report)
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+    return parser.parse_args()
 
 
 def _once(case: Case, settings: Any) -> dict[str, Any]:
     try:
         job = case(settings)
-        started = time.perf_counter()
-        rows = job()
-        seconds = time.perf_counter() - started
+        started, first, rows = time.perf_counter(), 0.0, 0
+        for batch in job():
+            first = first or time.perf_counter() - started
+            rows += batch
+        return {"rows": rows, "seconds": time.perf_counter() - started, "first_s": first}
     except ImportError as error:
         return {"missing": f"{error.name} is not installed"}
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "rows": rows,
-        "seconds": seconds,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
-    }
 
 
-def _child(case: str) -> dict[str, Any]:
+def _child(case: str, memory: bool = False) -> dict[str, Any]:
+    """One run; with `memory`, its peak instead of its speed is what counts."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, *sys.argv, "--only", case]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-4000:]}")
-    run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return run
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        peak = 0.0
+        while memory and run.poll() is None:
+            peak = max(peak, sum(_pss(pid) for pid in _family(run.pid)))
+            time.sleep(0.1)
+        out, err = run.communicate()
+    if run.returncode:
+        raise SystemExit(f"{case} failed:\n{err[-4000:]}")
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return {"peak_mb": peak, **({"missing": found["missing"]} if "missing" in found else {})} if memory else found
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all below it (Linux)."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{one}/task"):
+                text = Path(f"/proc/{one}/task/{thread}/children").read_text()
+                found += [int(child) for child in text.split()]
+    return found
+
+
+def _pss(pid: int) -> float:
+    """MB of a process's memory; what it shares with n others counts one n-th."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
+        for line in file:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def _report(name: str, settings: Any, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    cases = {}
-    base: float | None = None
+    cases: dict[str, Any] = {}
+    base: list[float] | None = None
     for case, all_of_it in runs.items():
         good = [run for run in all_of_it if "rows" in run]
         if not good:
             continue
         rates = [run["rows"] / run["seconds"] for run in good]
-        base = base or statistics.median(rates)
+        base = base or rates
+        paired = [rate / other for rate, other in zip(rates, base, strict=False)]  # of the same round
         cases[case] = {
             "rows_per_s": round(statistics.median(rates), 1),
             "lowest": round(min(rates), 1),
             "highest": round(max(rates), 1),
-            "ratio": round(statistics.median(rates) / base, 3),
-            "peak_mb": round(statistics.median(run["peak_mb"] for run in good)),
+            "ratio": round(statistics.median(paired), 3),
+            "ratio_lowest": round(min(paired), 3),
+            "ratio_highest": round(max(paired), 3),
+            "first_s": round(statistics.median(run["first_s"] for run in good), 4),
+            "peak_mb": round(max((run.get("peak_mb", 0.0) for run in all_of_it), default=0.0)),
             "runs": len(good),
         }
-    hidden = ("only", "out", "cases", "work", "images")
+    hidden = ("only", "out", "cases", "work", "images", "memory")
     return {
         "benchmark": name,
         "date": datetime.date.today().isoformat(),
@@ -156,10 +188,12 @@ def _processor() -> str:
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['benchmark']}: rows/s, median of interleaved runs")
-    for heading in ("case", "rows/s", "lowest", "highest", "ratio", "peak MB"):
+    table = Table(title=f"{report['benchmark']}: median of interleaved runs, ratios within a round")
+    for heading in ("case", "rows/s", "lowest", "highest", "ratio", "spread", "first s", "peak MB"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, figures in report["cases"].items():
         numbers = [f"{figures[key]:,.0f}" for key in ("rows_per_s", "lowest", "highest")]
-        table.add_row(case, *numbers, f"{figures['ratio']:.2f}", f"{figures['peak_mb']:,}")
-    Console(width=110).print(table)
+        spread = f"{figures['ratio_lowest']:.2f}-{figures['ratio_highest']:.2f}"
+        rest = [f"{figures['ratio']:.2f}", spread, f"{figures['first_s']:.3f}", f"{figures['peak_mb']:,}"]
+        table.add_row(case, *numbers, *rest)
+    Console(width=120).print(table)
