@@ -70,10 +70,11 @@ class Batch(dict[str, Any]):
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
         index = torch.from_numpy(np.flatnonzero(mask))
+        pinned = index.pin_memory() if any(_on_cuda(value) for value in self.values()) else index
 
         def pick(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                kept = value[index.to(value.device)]
+                kept = value[(pinned if value.is_cuda else index).to(value.device, non_blocking=True)]
                 last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
             return [value[i] for i in index.tolist()]
@@ -90,6 +91,10 @@ class Batch(dict[str, Any]):
         shown += [f"epoch={self.epoch}", f"step={self.step}", f"rows={self.size}"]
         invalid = int((~self.valid).sum())
         return f"Batch({', '.join(shown + [f'invalid={invalid}'] * bool(invalid))})"
+
+
+def _on_cuda(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cuda
 
 
 def _each(value: Any, function: Any) -> Any:

@@ -24,7 +24,7 @@ from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.device import check_words, choose_device, deliver, describe, make_decoder, threads_here
+from gpuload.device import calls_at_once, check_words, choose_device, describe, make_decoder, threads_here
 from gpuload.errors import ConfigError
 from gpuload.foreign import foreign_reads, raw_batches
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
@@ -78,7 +78,9 @@ class LanceDataset(IterableDataset[Batch]):
     transforms : dict of str to Image or Text, optional
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
-    decoder : str
+    decoder : {"auto", "cpu", "nvimgcodec", "dali"}
+        ``"auto"`` is nvImageCodec on CUDA, simplejpeg and Pillow on the CPU. ``"cpu"`` decodes on the host for either.
+        ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels.
     on_error : {"raise", "skip", "mask"}
         A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
     drop_last : bool
@@ -88,7 +90,7 @@ class LanceDataset(IterableDataset[Batch]):
     seed : int
         Of the order, the sample, the crops and the flips.
     num_threads : int, optional
-        Threads that decode; the cores this process may use by default.
+        Threads that decode, or host threads of the GPU's decoder; the cores this process may use by default.
     max_pixels : int
         Images with more are errors, judged by their header.
 
@@ -199,7 +201,8 @@ class LanceDataset(IterableDataset[Batch]):
         return (
             f"LanceDataset({source.uri!r}, version={source.version}, rows={source.rows}, "
             f"batch_size={self.batch_size}, sampler={self.sampler!r}, device={describe(self.device)!r}, "
-            f"decoder={self._decode_with().name!r}, resize={resize.cpu_implementation()!r}, columns={{{columns}}})"
+            f"decoder={self._decode_with().name!r}, resize={resize.implementation(self.device)!r}, "
+            f"columns={{{columns}}})"
         )
 
     @property
@@ -266,7 +269,7 @@ class LanceDataset(IterableDataset[Batch]):
         return {
             "device": describe(self.device),
             "decoder": self._decode_with().name,
-            "resize": resize.cpu_implementation(),
+            "resize": resize.implementation(self.device),
             **{name: self._counts[name] for name in counted},
             "images": self._decode_with().counts(),
             "stages": stages,
@@ -327,8 +330,9 @@ class LanceDataset(IterableDataset[Batch]):
         self._fill_cache()
         reads = self._reads(source, sampler, position)
         if self._to_tensor_fn is _DEFAULT:
+            decoder = self._decode_with()
             pipeline = Pipeline(
-                self._columns, self._tokens, self._decode_with(), seed=self.seed, epoch=position.epoch,
+                self._columns, self._tokens, decoder, seed=self.seed, epoch=position.epoch,
                 on_error=self.on_error, threads=self._clocks["decode"].threads, ahead=self.batch_readahead,
                 ahead_bytes=self.readahead_bytes, counts=self._counts, clocks=self._clocks,
             )  # fmt: skip
@@ -340,7 +344,7 @@ class LanceDataset(IterableDataset[Batch]):
             )
         try:
             for made in running:
-                step, batch = (made.step, deliver(made, self.device)) if isinstance(made, Batch) else made
+                step, batch = (made.step, made) if isinstance(made, Batch) else made
                 del made
                 position.taken = step + 1 - position.before
                 yield batch
@@ -401,7 +405,13 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _decode_with(self) -> Decoder:
         if self._decoder is None:
-            self._decoder = make_decoder(self._decoder_name, self.device, self.max_pixels)
+            self._open()
+            images = any(column.role == "image" for column in self._columns)
+            wish = self._decoder_name if images or self._decoder_name != "auto" else "cpu"  # nothing to decode
+            device, threads = self.device, self.num_threads or threads_here()
+            self._decoder = make_decoder(wish, device, self.max_pixels, threads)
+            for name in ("decode", "resize"):
+                self._clocks[name].threads = calls_at_once(device, threads)
         return self._decoder
 
     def _fill_cache(self) -> None:

@@ -1,26 +1,31 @@
-"""Where things run: a wish enters, a torch device, a decoder and the copy to that device leave."""
+"""Where things run: a wish enters; a torch device, a decoder and the way to the consumer's stream leave."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
-from gpuload.batch import Batch
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import CpuDecoder
+from gpuload.decode.dali import DaliDecoder
+from gpuload.decode.lanes import LaneDecoder
+from gpuload.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.errors import ConfigError, DeviceError
 
-DECODERS = ("auto", "cpu")
+DECODERS = ("auto", "cpu", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity")
+CALLS = 2  # to a decoder of a GPU at once: one lays out and submits while the other's images are decoded
 
 
 def choose_device(wish: str | torch.device) -> torch.device:
     """The device that ``"auto"``, ``"cuda"``, ``"cuda:1"`` or ``"cpu"`` means here.
 
     ``"auto"`` is CUDA where there is a GPU, but the CPU in a DataLoader worker: CUDA tensors do not like to cross
-    processes.
+    processes. Without a number, CUDA means the current device of the calling thread.
 
     Raises
     ------
@@ -28,7 +33,7 @@ def choose_device(wish: str | torch.device) -> torch.device:
         CUDA was asked for and is not there.
     """
     if wish == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and get_worker_info() is None else "cpu")
+        wish = "cuda" if get_worker_info() is None and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wish)
     except (RuntimeError, TypeError) as error:
@@ -41,6 +46,8 @@ def choose_device(wish: str | torch.device) -> torch.device:
             f'{torch.__version__}. For a machine with a GPU: pip install "gpuload[cuda13]" and a CUDA build of torch. '
             'Without one: device="cpu" or "auto".'
         )
+    if device.type == "cuda" and device.index is None:  # another thread may have another current device
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -52,10 +59,29 @@ def check_words(device: str | torch.device, decoder: str) -> None:
         raise ConfigError(f"Expected decoder as one of {DECODERS}, got {decoder!r}.")
 
 
-def make_decoder(wish: str, device: torch.device, max_pixels: int) -> Decoder:
-    """The decoder that `wish` means on `device`."""
+def make_decoder(wish: str, device: torch.device, max_pixels: int, threads: int = 1) -> Decoder:
+    """The decoder that `wish` means on `device`; on CUDA, `threads` host threads are for it to use.
+
+    ``"auto"`` is nvImageCodec on CUDA and never anything slower, simplejpeg and Pillow on the CPU.
+
+    Raises
+    ------
+    DeviceError
+        Its package is not installed; says what to install.
+    """
     check_words(device, wish)
-    return CpuDecoder(max_pixels)
+    name, _, mode = wish.partition(":")
+    cuda = device.type == "cuda"
+    if name == "cpu" or (name == "auto" and not cuda):
+        return LaneDecoder(device, max_pixels, threads) if cuda else CpuDecoder(max_pixels)
+    shared: dict[str, Any] = {"parity": mode == "parity", "calls": CALLS}
+    kind = DaliDecoder if name == "dali" else NvImageCodecDecoder
+    return kind(device, max_pixels, threads if cuda else 1, **shared)
+
+
+def calls_at_once(device: torch.device, threads: int) -> int:
+    """Threads that call the decoder: on the CPU they are the ones that decode."""
+    return CALLS if device.type == "cuda" else threads
 
 
 def threads_here() -> int:
@@ -73,11 +99,69 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-def deliver(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; copies to a GPU start from page-locked memory and do not wait."""
-    if device.type == "cpu":
-        return batch
-    return batch.pin_memory().to(device, non_blocking=True)
+class Side:
+    """A pipeline's own streams on a GPU, and the way from them to the stream of whoever takes the batch.
+
+    Nothing here waits on the host. On the CPU nothing here does anything.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if self.cuda else None  # type: ignore[no-untyped-call]
+
+    def mark(self) -> Any:
+        """An event after all that the calling thread has put on its current stream."""
+        if not self.cuda:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def after(self, event: Any) -> None:
+        """What the calling thread puts on its current stream from now on comes after `event`."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def upload(self, columns: dict[str, Any]) -> Any:
+        """Moves tensors of the host in `columns` to the device through page-locked memory; returns the event after."""
+        if not self.cuda:
+            return None
+        with torch.cuda.stream(self._copies):
+            for name, value in columns.items():
+                if isinstance(value, torch.Tensor) and not value.is_cuda:
+                    pinned = value.pin_memory() if value.numel() else value
+                    columns[name] = pinned.to(self.device, non_blocking=True)
+            return self.mark()
+
+    def hand_over(self, columns: dict[str, Any], events: list[Any]) -> None:
+        """The calling thread's current stream waits for `events`; torch keeps the memory until that stream is done."""
+        if not self.cuda:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        for event in events:
+            self.after(event)
+        for value in columns.values():
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                    tensor.record_stream(stream)
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """Names what the thread does, for torch.profiler and, with a CUDA build of torch, for Nsight (NVTX).
+
+    About 5 µs, once for each slice of a batch: less than 0.1 % of decoding it.
+    """
+    with torch.profiler.record_function(name):
+        if torch.version.cuda is None:
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
 
 def describe(device: torch.device) -> Any:

@@ -2,6 +2,9 @@
 
 plan ─ranges─▶ read, columns, text ─Draft─▶ slices ─▶ decode, resize ─▶ collect ─▶ Batch
        threads: 2 (one reads while the other converts)   num_threads (one per core)   consumer's
+
+On a GPU the slices are larger and two threads hand them to the decoder, each with streams of its own; the consumer's
+stream waits for events, the consumer for nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from gpuload import resize
 from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
-from gpuload.decode import Decoder
+from gpuload.decode import Decoder, Ragged
 from gpuload.decode.cpu import CpuDecoder
 from gpuload.decode.encoded import Encoded
 from gpuload.decode.region import Crop, Cropped
-from gpuload.device import one_torch_thread
+from gpuload.device import Side, one_torch_thread, span
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
 from gpuload.stages import Budget, flat_map, ordered_map
@@ -38,6 +41,7 @@ from gpuload.transforms import Image
 READ_THREADS = 2
 _SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
 _SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
+_CUDA_SLICE_BYTES = 64 << 20  # encoded: some ten times as much on the GPU, four slices at a time
 _NATIVE = Image(size=None, dtype=torch.uint8)
 ON_ERROR = ("raise", "skip", "mask")
 _COUNTED = {"skip": "rows_skipped", "mask": "rows_masked"}
@@ -66,6 +70,9 @@ class Draft:
     errors: list[tuple[int, str, RowError]] = field(default_factory=list)
     slices: int = 0
     size: int = 0  # bytes that were read
+    events: list[Any] = field(default_factory=list)  # what the consumer's stream has to wait for
+    made: dict[str, Any] = field(default_factory=dict)  # column → event after its memory was allocated
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Pipeline:
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
         self._threads, self._ahead, self._counts, self._clocks = threads, max(1, ahead), counts, clocks
         self._count_lock = threading.Lock()
+        self._side = Side(decoder.device)
         self._in_flight = 0  # batches being decoded, or decoded and not yet taken
         self._ahead_bytes = ahead_bytes
         self._budget: Budget[Read]
@@ -138,6 +146,7 @@ class Pipeline:
         finally:
             done.close()
 
+    @span("gpuload.read")
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but its pixels."""
         table: pa.Table = read.table()
@@ -185,16 +194,21 @@ class Pipeline:
         draft.columns[name], draft.columns[f"{name}_mask"] = ids, mask
 
     def _cut(self, draft: Draft) -> list[Slice]:
-        """Room for the pixels, and the slices of the batch that threads fill independently of each other."""
-        rows = max(1, min(_SLICE_ROWS, -(-len(draft.rows) // (2 * self._threads))))
-        slices: list[Slice] = []
+        """The slices of the batch, which threads fill independently of each other."""
+        cuda, shared = self._side.cuda, -(-len(draft.rows) // (2 * self._threads))
+        rows, most = (len(draft.rows), _CUDA_SLICE_BYTES) if cuda else (min(_SLICE_ROWS, shared), _SLICE_BYTES)
+        slices = [Slice(draft, None)] if cuda else []  # what is no image has a way of its own
         for column in self._images:
             views = draft.views[column.name]
-            draft.columns[column.name] = self._room(column, len(views))
+            if isinstance(column.transform, Image) and column.transform.shape:
+                if not views:
+                    self._room(draft, column.name, column.transform)
+            else:
+                draft.columns[column.name] = [None] * len(views)
             lo, size = 0, 0
             for i, view in enumerate(views):
                 size += 0 if view is None else len(view)
-                if i + 1 - lo == rows or size >= _SLICE_BYTES or i + 1 == len(views):
+                if i + 1 - lo >= rows or size >= most or i + 1 == len(views):
                     slices.append(Slice(draft, column, lo, i + 1, size))
                     lo, size = i + 1, 0
         slices = slices or [Slice(draft, None)]
@@ -202,16 +216,24 @@ class Pipeline:
         self._in_flight += 1
         return slices
 
-    def _room(self, column: Column, rows: int) -> Any:
-        image = column.transform
-        if not isinstance(image, Image) or image.shape is None:
-            return [None] * rows
-        layout = torch.channels_last if image.channels_last else torch.contiguous_format
-        return torch.empty((rows, *image.shape), dtype=image.dtype, memory_format=layout)
+    def _room(self, draft: Draft, name: str, image: Image) -> Any:
+        """Where the pixels of a column go: allocated by the slice that comes first, on its stream."""
+        with draft.lock:
+            if draft.columns[name] is None:
+                layout = torch.channels_last if image.channels_last else torch.contiguous_format
+                shape = (len(draft.rows), *(image.shape or ()))
+                made = torch.empty(shape, dtype=image.dtype, memory_format=layout, device=self._side.device)
+                draft.columns[name], draft.made[name] = made, self._side.mark()
+            self._side.after(draft.made.get(name))
+            return draft.columns[name]
 
+    @span("gpuload.decode")
     def _decode(self, part: Slice) -> Slice:
         """Pixels of one slice, into the batch."""
         if part.column is None:
+            tensors = {name: v for name, v in part.draft.columns.items() if name not in part.draft.views}
+            part.draft.events.append(self._side.upload(tensors))
+            part.draft.columns.update(tensors)
             return part
         draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
         image = part.column.transform if isinstance(part.column.transform, Image) else _NATIVE
@@ -226,22 +248,30 @@ class Pipeline:
             views = draft.views[name][lo:hi]
             draft.columns[name][lo:hi] = [None if i in ragged.errors else view for i, view in enumerate(views)]
             return part
+        with ragged:
+            self._resize(part, ragged, image, wanted)
+            draft.events.append(self._side.mark())
+        draft.views[name][lo:hi] = [None] * (hi - lo)  # the encoded bytes may go
+        return part
+
+    def _resize(self, part: Slice, ragged: Ragged, image: Image, wanted: Any) -> None:
+        """From the decoder's memory into the batch's, on the thread's current stream."""
+        assert part.column is not None
+        draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
         heights, widths = ragged.sizes()
         if isinstance(ragged, Cropped):
             regions, flips = ragged.regions, ragged.flips
         else:
             regions, flips = wanted(np.maximum(heights, 1), np.maximum(widths, 1))
-        out = draft.columns[name]
+        out = self._room(draft, name, image)
         if image.shape is not None:
-            with self._clocks["resize"].timed():
+            with self._clocks["resize"].timed(), span("gpuload.resize"):
                 resize.resize_normalize(ragged, regions, flips, image, out[lo:hi])
         else:
             for i in range(hi - lo):
                 if heights[i]:
                     out[lo + i] = resize.native(ragged, i, bool(flips[i]), image)
                     self._weigh(draft, out[lo + i].nbytes)
-        draft.views[name][lo:hi] = [None] * (hi - lo)  # the encoded bytes may go
-        return part
 
     def _weigh(self, draft: Draft, pixels: int) -> None:
         """Tell the budget what a batch takes: what was read, and `pixels` bytes for every row."""
@@ -249,9 +279,10 @@ class Pipeline:
 
     def _finish(self, draft: Draft) -> Batch:
         """The policy for bad rows, and the batch."""
+        self._side.hand_over(draft.columns, draft.events)
         for column in self._images:
             if isinstance(draft.columns[column.name], list) and not isinstance(self._decoder, Encoded):
-                draft.columns[column.name] = _stacked(draft.columns[column.name], column.transform)
+                draft.columns[column.name] = _stacked(draft.columns[column.name], column.transform, self._side.device)
         valid = np.arange(len(draft.rows)) < draft.real
         bad = np.zeros(len(draft.rows), np.bool_)
         errors: dict[int, tuple[str, RowError]] = {}
@@ -280,10 +311,10 @@ class Pipeline:
             self._counts.update(numbers)
 
 
-def _stacked(images: list[torch.Tensor | None], transform: Any) -> Any:
+def _stacked(images: list[torch.Tensor | None], transform: Any, device: torch.device) -> Any:
     """One tensor where all sizes agree, else the list; what could not be decoded becomes zeros."""
     image = transform if isinstance(transform, Image) else _NATIVE
     shapes = {tuple(pixels.shape) for pixels in images if pixels is not None}
     blank = next(iter(shapes)) if len(shapes) == 1 else (image.channels, 1, 1)
-    filled = [torch.zeros(blank, dtype=image.dtype) if pixels is None else pixels for pixels in images]
+    filled = [torch.zeros(blank, dtype=image.dtype, device=device) if pixels is None else pixels for pixels in images]
     return torch.stack(filled) if len(shapes) <= 1 and filled else filled

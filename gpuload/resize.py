@@ -55,6 +55,11 @@ def resize_normalize(
         resize_twin(ragged, regions, flips, image, out)
 
 
+def implementation(device: torch.device) -> str:
+    """What `resize_normalize` runs for tensors of `device`: "cuda", or as `cpu_implementation`."""
+    return "cuda" if device.type == "cuda" else cpu_implementation()
+
+
 def cpu_implementation() -> str:
     """What `resize_normalize` runs for CPU tensors: "compiled", or "torch" where no compiler was at hand."""
     return "torch" if kernels.cpu_library() is None else "compiled"
@@ -108,7 +113,7 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     (height,), (width,) = one.sizes()
     out = torch.empty((image.channels, int(height), int(width)), dtype=image.dtype, device=device)
     to_luma = image.channels < ragged.table["channels"][i]
-    plain = image.dtype == torch.uint8 and not to_luma and not out.is_cuda
+    plain = image.dtype == torch.uint8 and not to_luma
     rounds_luma = to_luma and image.dtype != torch.uint8  # before it normalises, where the kernels round only results
     if not plain and not rounds_luma and (out.is_cuda or kernels.cpu_library() is not None):
         region = np.array([[0, 0, width, height]], np.float64)  # every weight is then 1 or 0
@@ -120,7 +125,7 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     if to_luma:
         luma = (pixels.int() * torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)).sum(0, keepdim=True)
         pixels = (luma + 32768) >> 16
-    if plain:
+    if plain and not out.is_cuda:
         out.numpy()[...] = pixels.numpy()  # on this thread alone, and faster than torch's
         return out
     if image.dtype == torch.uint8:

@@ -178,7 +178,7 @@ STAGES = {
     "plan": "gpuload.samplers.Plan.ranges",
     "positions": "gpuload.source.Source.positions",
     "finish": "gpuload.pipeline.Pipeline._finish",
-    "deliver": "gpuload.dataset.deliver",
+    "hand_over": "gpuload.device.Side.hand_over",
 }
 
 
