@@ -1,8 +1,9 @@
 """Decoded batches on the CPU, by gpuload and by every peer: rows/s, time to the first batch, peak memory.
 
 --task pixels: shorter side 256 antialiased, centre crop 224, uint8. captions: and 77 token ids. training:
-random-resized crop, flip, normalised float32. The first case is the limit that the ratios refer to: a bare loop over the same bytes
-in memory on the same number of threads, simplejpeg and torch's uint8 antialiased interpolate, no loader at all.
+random-resized crop, flip, normalised float32. The first case is the limit that the ratios refer to: a bare loop over
+the same bytes in memory on the same number of threads, simplejpeg and torch's uint8 antialiased interpolate, no
+loader at all.
 """
 
 from __future__ import annotations

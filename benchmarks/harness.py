@@ -36,7 +36,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: Callable[[Any], None]) -> None:
+def main(name: str, cases: dict[str, Case], options: dict[str, Any], prepare: Callable[[Any], None]) -> None:
     """Command line of one benchmark.
 
     Parameters
@@ -44,13 +44,13 @@ def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: 
     name : str
         The result is ``benchmarks/results/<name>.json`` unless --out says otherwise; ``{task}`` is filled in.
     cases : dict
-        The first one is what the ratios refer to.
-    arguments : dict
+        The first one is what the ratios refer to; where names are "group: case", the first of each group.
+    options : dict
         Option → default; booleans become flags, None a string.
     prepare : callable
         Makes the data, once, before anything is timed.
     """
-    settings = _arguments(arguments)
+    settings = arguments(options)
     if settings.only:
         print(json.dumps(_once(cases[settings.only], settings)))
         return
@@ -77,9 +77,10 @@ def main(name: str, cases: dict[str, Case], arguments: dict[str, Any], prepare: 
     out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _arguments(arguments: dict[str, Any]) -> Any:
+def arguments(options: dict[str, Any]) -> Any:
+    """The command line, parsed."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    for option, default in arguments.items():
+    for option, default in options.items():
         kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default or "")}
         parser.add_argument(f"--{option.replace('_', '-')}", default=default, **kind)
     parser.add_argument("--repeats", type=int, default=5)
@@ -97,7 +98,8 @@ def _once(case: Case, settings: Any) -> dict[str, Any]:
         for batch in job():
             first = first or time.perf_counter() - started
             rows += batch
-        return {"rows": rows, "seconds": time.perf_counter() - started, "first_s": first}
+        seconds = time.perf_counter() - started
+        return {"rows": rows, "seconds": seconds, "first_s": first, "note": getattr(job, "note", "")}
     except ImportError as error:
         return {"missing": f"{error.name} is not installed"}
 
@@ -115,6 +117,8 @@ def _child(case: str, memory: bool = False) -> dict[str, Any]:
     if run.returncode:
         raise SystemExit(f"{case} failed:\n{err[-4000:]}")
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    if not found.get("rows", 1):
+        raise SystemExit(f"{case} yielded no rows:\n{err[-4000:]}")
     return {"peak_mb": peak, **({"missing": found["missing"]} if "missing" in found else {})} if memory else found
 
 
@@ -140,13 +144,13 @@ def _pss(pid: int) -> float:
 
 def _report(name: str, settings: Any, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     cases: dict[str, Any] = {}
-    base: list[float] | None = None
+    bases: dict[str, list[float]] = {}
     for case, all_of_it in runs.items():
         good = [run for run in all_of_it if "rows" in run]
         if not good:
             continue
         rates = [run["rows"] / run["seconds"] for run in good]
-        base = base or rates
+        base = bases.setdefault(case.rpartition(":")[0], rates)
         paired = [rate / other for rate, other in zip(rates, base, strict=False)]  # of the same round
         cases[case] = {
             "rows_per_s": round(statistics.median(rates), 1),
@@ -158,6 +162,7 @@ def _report(name: str, settings: Any, runs: dict[str, list[dict[str, Any]]]) -> 
             "first_s": round(statistics.median(run["first_s"] for run in good), 4),
             "peak_mb": round(max((run.get("peak_mb", 0.0) for run in all_of_it), default=0.0)),
             "runs": len(good),
+            **({"limits": good[-1]["note"]} if good[-1]["note"] else {}),
         }
     hidden = ("only", "out", "cases", "work", "images", "memory")
     return {

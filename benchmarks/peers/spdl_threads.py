@@ -20,6 +20,12 @@ def spdl(own: bool) -> harness.Case:
         with open(f"{folder}/captions.txt") as file:
             texts = file.read().split("\n")
 
+        if own:
+            try:
+                spdl.io.demux_image(f"{folder}/000000.jpg")
+            except RuntimeError as error:
+                raise ImportError("SPDL found no FFmpeg", name="FFmpeg, which SPDL decodes with,") from error
+
         def decode(i: int) -> tuple[torch.Tensor, str]:
             one_thread()
             with open(f"{folder}/{i:06d}.jpg", "rb") as file:
@@ -41,7 +47,7 @@ def spdl(own: bool) -> harness.Case:
             builder = PipelineBuilder().add_source(range(settings.rows))
             builder = builder.pipe(decode, concurrency=data.CORES, output_order="input").aggregate(settings.batch_size)
             builder = builder.pipe(lambda rows: task.batch([row[0] for row in rows], [row[1] for row in rows]))
-            pipeline = builder.add_sink(2).build(num_threads=data.CORES + 1)
+            pipeline = builder.add_sink(2).build(num_threads=data.CORES + 1, max_failures=0)
             with pipeline.auto_stop():
                 yield from pipeline
 

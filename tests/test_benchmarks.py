@@ -1,0 +1,139 @@
+"""Every benchmark runs, at toy size, in this process; peers that are not installed are left out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the benchmarks beside the tests")
+_ROWS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    work = str(tmp_path_factory.mktemp("bench"))
+    return SimpleNamespace(images=None, rows=_ROWS, work=work, batch_size=8, version="2.2", task="captions")
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("task", ["pixels", "captions", "training"])
+@pytest.mark.parametrize("case", ["bare loop (the limit)", "gpuload", "gpuload, shuffle=row"])
+def test_the_limit_and_gpuload_do_the_task(settings: Any, task: str, case: str) -> None:
+    job = load("bench_cpu").CASES[case](SimpleNamespace(**{**vars(settings), "task": task}))
+    assert list(job()) == [8, 8, 8]
+
+
+def test_the_first_batch_by_hand(settings: Any) -> None:
+    assert list(load("bench_cpu").CASES["one batch by hand"](settings)()) == [8]
+
+
+@pytest.mark.filterwarnings("ignore")  # those of other packages
+@pytest.mark.parametrize(
+    ("peer", "case"),
+    [
+        ("lance_torch", "lance.torch.data"),
+        ("lancedb_torch", "lancedb StreamingDataset"),
+        ("dali_cpu", "DALI on the CPU, files"),
+        ("dali_cpu", "DALI on the CPU, from Lance"),
+        ("spdl_threads", "SPDL, its own decoder"),
+        ("spdl_threads", "SPDL, simplejpeg"),
+        ("grain_threads", "Grain"),
+    ],
+)
+def test_peers_that_need_no_worker_do_the_task(settings: Any, peer: str, case: str) -> None:
+    try:
+        assert sum(load(f"peers.{peer}").CASES[case](settings)()) == _ROWS
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+
+
+def test_every_peer_is_in_the_benchmark() -> None:
+    bench = load("bench_cpu")
+    assert sorted(bench.PEERS) == sorted(path.stem for path in (FOLDER / "peers").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("case", ["upstream scan", "gpuload in order", "gpuload shuffle=row"])
+def test_raw_reading(settings: Any, case: str) -> None:
+    assert sum(load("bench_read").CASES[case](settings)()) == _ROWS
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "threads: 2", "batch: 1", "image: 1.0 megapixels", "rows: 10,000, shuffle=row", "fragments: 100",
+        "source: local disk, cold",
+    ],
+)  # fmt: skip
+def test_scaling(settings: Any, case: str) -> None:
+    job = load("bench_scaling").CASES[case](settings)
+    assert sum(job()) >= 8
+    assert job.note
+
+
+def test_the_object_store_serves_a_dataset(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, bench = load("object_store"), load("bench_scaling")
+    with store.serving(settings.work) as port:
+        monkeypatch.setenv("GPULOAD_BENCH_PORT", str(port))
+        assert sum(bench.CASES["source: object store, 5 ms"](settings)()) == _ROWS
+
+
+def test_one_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    harness, out = load("harness"), tmp_path / "toy.json"
+    cases = {"slow": lambda _: lambda: iter([1, 1]), "fast": lambda _: lambda: iter([2, 2])}
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--repeats", "2", "--no-memory", "--out", str(out)])
+    runs = iter([{"rows": 2, "seconds": 2.0, "first_s": 1.0}, {"rows": 4, "seconds": 1.0, "first_s": 0.5}] * 2)
+    monkeypatch.setattr(harness, "_child", lambda case, memory: {"note": "", **next(runs)})
+    harness.main("toy", cases, {"rows": 4}, lambda settings: None)
+    report = json.loads(out.read_text())
+    assert report["cases"]["fast"]["ratio"] == 4
+    assert report["cases"]["slow"]["rows_per_s"] == 1
+    assert report["settings"]["repeats"] == 2
+    assert "slow" in capsys.readouterr().out
+
+
+def test_memory_counts_the_children() -> None:
+    harness = load("harness")
+    assert harness._pss(1 << 30) == 0
+    own = harness._pss(__import__("os").getpid())
+    assert own == 0 or own > 20  # MB; 0 where smaps_rollup may not be read
+
+
+def test_the_readme_gets_figures_and_a_picture(tmp_path: Path) -> None:
+    figures = load("figures")
+    case = {"ratio": 1.1, "ratio_lowest": 0.2, "ratio_highest": 1.2, "first_s": 0.1, "peak_mb": 300}
+    names = ["bare loop (the limit)", "gpuload", "one batch by hand", "lance.torch.data", "other"]
+    report = {
+        "machine": {"cores": 2, "processor": "a processor", "torch": "2"},
+        "settings": {"rows": 10, "batch_size": 5},
+        "cases": {name: {**case, "ratio": 1.1 - i / 10} for i, name in enumerate(names)},
+    }
+    reports, readme = {"pixels": report, "training": report}, tmp_path / "README.md"
+    readme.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
+    figures.write_readme(reports, readme)
+    once = readme.read_text()
+    figures.write_readme(reports, readme)
+    assert readme.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter\n")
+    assert "old" not in once
+    assert "**gpuload**" in once
+    pytest.importorskip("matplotlib")
+    figures.draw(reports, tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
