@@ -1,0 +1,229 @@
+"""The dataset as the loader of other people's loops, each with its real package: epochs, places, no second sharding."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import lightning
+import pytest
+import torch
+import transformers
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import DataLoaderConfiguration
+from framework_ranks import OPTIONS, Net
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from gpuload import Batch, ConfigError, FullScanSampler, LanceDataset
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def dataset(photos: str) -> Iterator[LanceDataset]:
+    """Seven batches an epoch: of 8 rows, the last of 2."""
+    with LanceDataset(photos, 8, **OPTIONS) as opened:
+        yield opened
+
+
+def order(photos: str, epochs: int) -> list[int]:
+    """Row numbers of the first epochs, in order."""
+    rows: list[int] = []
+    dataset = LanceDataset(photos, 8, columns=["number"], shuffle=True)
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        rows += [row for batch in dataset for row in batch["number"].tolist()]
+    return rows
+
+
+def test_two_ranks_see_each_row_once_in_every_framework(photos: str, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(HERE / "framework_ranks.py"), photos, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    expected = order(photos, 1)
+    turns = [expected[i : i + 8] for i in range(0, 50, 8)]  # batch k is rank k % 2's
+    first, second = (list(itertools.chain.from_iterable(turns[rank::2])) for rank in (0, 1))
+    for name in ranks[0]:
+        assert ranks[0][name] == first, name
+        assert ranks[1][name][: len(second)] == second, name
+        assert len(ranks[0][name]) == len(ranks[1][name]), "the short rank is filled up"
+
+
+# -- Accelerate ----------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_beside_the_dataset(dataset: LanceDataset, photos: str) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = Net()
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        for batch in dataset:
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert net.seen == order(photos, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+@pytest.mark.parametrize("dispatch", [None, True])
+def test_accelerate_may_not_dispatch_through_rank_0(
+    dataset: LanceDataset, batch_size: int | None, dispatch: bool | None
+) -> None:
+    settings = DataLoaderConfiguration(dispatch_batches=dispatch)
+    loader = accelerate.Accelerator(cpu=True, dataloader_config=settings).prepare(DataLoader(dataset, batch_size))
+    with pytest.raises(ConfigError, match=r"inside DataLoaderDispatcher.*Leave it out of accelerator\.prepare"):
+        next(iter(loader))
+
+
+def test_accelerate_may_not_shard_again(photos: str) -> None:
+    mine = LanceDataset(photos, 8, rank=1, world_size=2, **OPTIONS)
+    with pytest.raises(ConfigError, match=r"inside IterableDatasetShard.*divided by 2 once more"):
+        next(iter(DataLoader(IterableDatasetShard(mine, 1, num_processes=2, process_index=1), None)))
+
+
+def test_accelerate_may_shard_what_is_not_sharded(photos: str) -> None:
+    whole = LanceDataset(photos, 8, columns=["number"], sampler=FullScanSampler())
+    batches = list(IterableDatasetShard(whole, 1, num_processes=2, process_index=1))
+    assert [batch.step for batch in batches] == [1, 3, 5, 0]
+
+
+def test_a_batch_survives_being_rebuilt_from_its_columns(dataset: LanceDataset) -> None:
+    batch = next(iter(dataset))
+    rebuilt = accelerate.utils.recursively_apply(lambda tensor: tensor + 1, batch)
+    assert isinstance(rebuilt, Batch)
+    assert torch.equal(rebuilt["number"], batch["number"] + 1)
+    assert rebuilt.rows.tolist() == [-1] * 8
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+
+class LanceTrainer(transformers.Trainer):
+    def get_train_dataloader(self) -> Any:
+        return self.train_dataset
+
+
+class SavePlace(transformers.TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        place = json.dumps(others["train_dataloader"].state_dict())
+        Path(args.output_dir, f"checkpoint-{state.global_step}", "loader.json").write_text(place)
+
+
+def training(out: Path, **options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        str(out), num_train_epochs=2, use_cpu=True, report_to=[], logging_steps=1, save_steps=5, disable_tqdm=True,
+        **options,
+    )  # fmt: skip
+
+
+def test_trainer_takes_the_dataset_as_its_loader_and_sets_its_epochs(
+    dataset: LanceDataset, photos: str, tmp_path: Path
+) -> None:
+    net = Net()
+    done = LanceTrainer(net, training(tmp_path), train_dataset=dataset).train()
+    assert done.global_step == 14
+    assert net.seen == order(photos, 2)
+
+
+def test_trainer_resumes_in_the_middle_of_an_epoch(dataset: LanceDataset, photos: str, tmp_path: Path) -> None:
+    LanceTrainer(Net(), training(tmp_path), train_dataset=dataset, callbacks=[SavePlace]).train()
+    checkpoint = tmp_path / "checkpoint-10"
+    with LanceDataset(photos, 8, **OPTIONS) as fresh:
+        fresh.load_state_dict(json.loads((checkpoint / "loader.json").read_text()))
+        net = Net()
+        resumed = LanceTrainer(net, training(tmp_path / "b", ignore_data_skip=True), train_dataset=fresh)
+        assert resumed.train(resume_from_checkpoint=str(checkpoint)).global_step == 14
+    assert net.seen == order(photos, 2)[50 + 3 * 8 :]
+
+
+def test_a_plain_trainer_says_what_to_do(dataset: LanceDataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"return it from get_train_dataloader\(\)"):
+        transformers.Trainer(Net(), training(tmp_path), train_dataset=dataset).train()
+
+
+# -- Lightning -----------------------------------------------------------------------------------------------------
+
+
+class Data(lightning.LightningDataModule):
+    def __init__(self, dataset: LanceDataset) -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def train_dataloader(self) -> LanceDataset:
+        self.dataset.set_epoch(self.trainer.current_epoch)
+        return self.dataset
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.batches: list[Batch] = []
+
+    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
+        self.batches.append(batch)
+        loss: torch.Tensor = self.net(**batch)["loss"]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(dataset: LanceDataset, out: Path, resume: str | None = None, **options: Any) -> Module:
+    module = Module()
+    saving = ModelCheckpoint(out, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=2, reload_dataloaders_every_n_epochs=1, logger=False, callbacks=[saving],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, **options,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data(dataset), ckpt_path=resume)
+    return module
+
+
+@pytest.mark.parametrize("replaces_samplers", [False, True])
+def test_lightning_takes_the_dataset_as_its_loader(
+    dataset: LanceDataset, photos: str, tmp_path: Path, replaces_samplers: bool
+) -> None:
+    module = fit(dataset, tmp_path, use_distributed_sampler=replaces_samplers)
+    assert module.net.seen == order(photos, 2)
+    assert all(isinstance(batch, Batch) and batch.valid.all() for batch in module.batches)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it does: it is resumed
+def test_lightning_saves_the_place_and_resumes_in_the_middle_of_an_epoch(
+    dataset: LanceDataset, photos: str, tmp_path: Path
+) -> None:
+    fit(dataset, tmp_path)
+    with LanceDataset(photos, 8, **OPTIONS) as fresh:
+        module = fit(fresh, tmp_path, resume=str(tmp_path / "step=10.ckpt"))
+    assert [(batch.epoch, batch.step) for batch in module.batches] == [(1, 3), (1, 4), (1, 5), (1, 6)]
+    assert module.net.seen == order(photos, 2)[50 + 3 * 8 :]
+
+
+# -- torchdata -----------------------------------------------------------------------------------------------------
+
+
+def test_stateful_data_loader_saves_and_resumes(dataset: LanceDataset, photos: str) -> None:
+    loader = StatefulDataLoader(dataset, batch_size=None)
+    running = iter(loader)
+    for _ in range(3):
+        next(running)
+    state = json.loads(json.dumps(loader.state_dict()))
+    with LanceDataset(photos, 8, **OPTIONS) as other:
+        resumed = StatefulDataLoader(other, batch_size=None)
+        resumed.load_state_dict(state)
+        rest = [row for batch in resumed for row in batch["number"].tolist()]
+    assert rest == order(photos, 1)[3 * 8 :]
