@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
-import functools
-import itertools
 import os
 import shutil
 import tempfile
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from gpuload import resize, state
 from gpuload.batch import Batch
@@ -25,11 +22,11 @@ from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.decode import Decoder
 from gpuload.decode.cpu import MAX_PIXELS
 from gpuload.device import calls_at_once, check_words, choose_device, describe, make_decoder, threads_here
-from gpuload.errors import ConfigError
-from gpuload.foreign import foreign_reads, raw_batches
-from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline, Read
-from gpuload.ranks import Ranks, check_wrappers
-from gpuload.samplers import Plan, PlanSampler, make_sampler
+from gpuload.epochs import Epochs
+from gpuload.errors import ConfigError, expect_counts
+from gpuload.foreign import raw_batches
+from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline
+from gpuload.ranks import Ranks
 from gpuload.schema import Column, resolve
 from gpuload.source import Source, check_fork, lance_running
 from gpuload.text import Tokens
@@ -130,16 +127,9 @@ class LanceDataset(IterableDataset[Batch]):
         readahead_bytes: int = 1 << 30,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "batch_readahead": batch_readahead, "max_pixels": max_pixels}
-        counts |= {
-            "readahead_bytes": readahead_bytes,
-            "samples": samples or 0,
-            "num_threads": 1 if num_threads is None else num_threads,
-        }
-        for name, value in counts.items():
-            least = int(name != "samples")
-            if type(value) is not int or value < least:
-                raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
+        expect_counts(batch_size=batch_size, batch_readahead=batch_readahead, max_pixels=max_pixels)
+        expect_counts(readahead_bytes=readahead_bytes, num_threads=1 if num_threads is None else num_threads)
+        expect_counts(least=0, samples=samples or 0)
         if on_error not in ON_ERROR:
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
         if not isinstance(transforms or {}, Mapping):
@@ -162,17 +152,14 @@ class LanceDataset(IterableDataset[Batch]):
             "options": dataset_options,
         }
         self._to_tensor_fn = to_tensor_fn
-        self._ranks = Ranks(rank, world_size, auto_detect_rank)
-        self._sampling = (sampler, shuffle, shard_granularity)
+        self._epochs = Epochs(
+            sampler, shuffle, shard_granularity, Ranks(rank, world_size, auto_detect_rank),
+            seed=seed, batch_size=batch_size, projection=self._projection,
+        )  # fmt: skip
         self._device, self._decoder_name = device, decoder
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._told: int | None = None  # the epoch of the sampler that was given, when it was last looked at
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist see set_epoch
-        self._position, self._resume = state.Position(), False
         self._source: Source | None = None
         self._decoder: Decoder | None = None
         self._reset()
-        self.sampler  # noqa: B018 - its words are checked now
         if lance_running() or not isinstance(dataset, (str, Path)):
             self._open()
         elif "://" not in str(dataset) and not os.path.exists(dataset):
@@ -181,19 +168,14 @@ class LanceDataset(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Any]:
         """This rank's batches of the current epoch, from the start or from where a loaded state says."""
         check_fork()
-        check_wrappers(getattr(self.sampler, "world_size", 1))
-        epoch = self._epoch_now()
-        if not self._resume or self._position.epoch != epoch:
-            self._position = state.Position(epoch)
-        self._resume = False
-        running = self._run(self._position)
+        running = self._run(self._epochs.begin())
         self._running.add(running)
         _in_use.add(self)
         return running
 
     def __len__(self) -> int:
         """Batches of this rank's epoch, the same on every rank."""
-        return len(self._plan(state.Position(self._epoch_now())))
+        return len(self._epochs.plan(self._open(), self.drop_last))
 
     def __repr__(self) -> str:
         source = self._open()
@@ -223,29 +205,21 @@ class LanceDataset(IterableDataset[Batch]):
     @property
     def sampler(self) -> Any:
         """The sampler in use, with the rank and world size of now."""
-        return make_sampler(*self._sampling, *self._ranks.resolve(), self.seed)
+        return self._epochs.sampler
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration yields: other order, crops and flips. Keeps a place loaded in it."""
-        given = self._sampling[0]
-        if hasattr(given, "set_epoch"):
-            given.set_epoch(int(epoch))
-            self._told = int(epoch)
-        self._epoch.fill_(int(epoch))
+        self._epochs.set(int(epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch that the loop took: a few scalars, ready for JSON.
 
         Raises
         ------
-        ConfigError
+        TypeError
             The sampler is a foreign one: its order cannot be entered in the middle.
         """
-        sampler = self._planner("state_dict()")
-        position = self._position
-        if position.epoch != self._epoch_now():
-            position = state.Position(self._epoch_now())
-        return state.save(position, self._identity(sampler), sampler.world_size)
+        return self._epochs.save(self._open())
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue with the batch after the saved one, at the next iteration.
@@ -255,11 +229,7 @@ class LanceDataset(IterableDataset[Batch]):
         StateError
             It belongs to other rows or another order; says which field differs, and both values.
         """
-        sampler = self._planner("load_state_dict()")
-        worker = get_worker_info() is not None
-        position = state.restore(saved, self._identity(sampler), sampler.world_size, sampler.elastic, worker)
-        self.set_epoch(position.epoch)
-        self._position, self._resume = position, True
+        self._epochs.load(saved, self._open())
 
     def stats(self) -> dict[str, Any]:
         """Counts since this object was made: batches, rows, bad rows, images by decoder; figures by stage, and the
@@ -291,11 +261,10 @@ class LanceDataset(IterableDataset[Batch]):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a DataLoader worker: rank and epoch resolved, the cache filled; threads and decoders stay behind."""
-        self._epoch_now()
+        """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
         left = ("_columns", "_tokens", "_decoder", "_running", "_clocks", "_counts")
-        return {**{k: v for k, v in self.__dict__.items() if k not in left}, "_ranks": self._ranks.resolved()}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__dict__.update(kept)
@@ -319,16 +288,12 @@ class LanceDataset(IterableDataset[Batch]):
         if not self._columns:
             self._columns = resolve(self._source.schema, self.transforms, self._source.first_value)
             self._tokens = {c.name: Tokens(c.transform) for c in self._columns if isinstance(c.transform, Text)}
-            for column in self._columns:
-                taken = f"{column.name}_mask"
-                if column.role == "text" and taken in self._source.schema.names:
-                    raise ConfigError(f"Expected the name {taken!r} free for an attention mask; rename that column.")
         return self._source
 
     def _run(self, position: state.Position) -> Iterator[Any]:
-        source, sampler = self._open(), self.sampler
+        source = self._open()
         self._fill_cache()
-        reads = self._reads(source, sampler, position)
+        reads = self._epochs.reads(source, self.drop_last, position, self.batch_readahead)
         if self._to_tensor_fn is _DEFAULT:
             decoder = self._decode_with()
             pipeline = Pipeline(
@@ -351,57 +316,6 @@ class LanceDataset(IterableDataset[Batch]):
                 del batch
         finally:
             running.close()
-
-    def _reads(self, source: Source, sampler: Any, position: state.Position) -> Iterator[Read]:
-        worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        if not isinstance(sampler, PlanSampler):
-            options = (self._projection["filter"], self._projection["with_row_id"])
-            found = foreign_reads(sampler, source, self.batch_size, self.batch_readahead, *options)
-            yield from itertools.islice(found, first, None, every)
-            return
-        plan = self._plan(position)
-        for step in range(position.taken, len(plan)):
-            if step % every == first:
-                ranges = plan.ranges(step)
-                table = functools.partial(source.read, ranges)
-                yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
-
-    def _plan(self, position: state.Position) -> Plan:
-        source, sampler = self._open(), copy.copy(self._planner("len()"))
-        sampler.set_epoch(position.epoch)
-        plan: Plan = sampler.plan(
-            source.rows, source.fragments, self.batch_size, drop_last=self.drop_last, start=position.start
-        )
-        return plan
-
-    def _planner(self, what: str) -> Any:
-        sampler = self.sampler
-        if not isinstance(sampler, PlanSampler):
-            raise TypeError(f"Expected a gpuload sampler for {what}, got {sampler!r}, whose order nobody can foresee.")
-        return sampler
-
-    def _epoch_now(self) -> int:
-        """The epoch that `set_epoch` said last, ours or that of a sampler that was given."""
-        told = getattr(self._sampling[0], "_epoch", None)
-        if told is not None and told != self._told:  # also in a forked worker, which nobody prepared
-            self._told = told
-            self._epoch.fill_(told)
-        return int(self._epoch)
-
-    def _identity(self, sampler: Any) -> dict[str, Any]:
-        """What a state must agree with: the dataset, and all that its order depends on."""
-        source = self._open()
-        return {
-            "uri": source.uri,
-            "dataset_version": source.version,
-            "fingerprint": source.fingerprint(),
-            "filter": self._projection["filter"],
-            "samples": self._projection["samples"],
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            **sampler.key(),
-        }
 
     def _decode_with(self) -> Decoder:
         if self._decoder is None:

@@ -68,3 +68,10 @@ class DecodeError(RowError):
 
 class TextError(RowError):
     """A text that the tokenizer refused."""
+
+
+def expect_counts(least: int = 1, **counts: object) -> None:
+    """Raise `ConfigError` for the first keyword that is not an int of at least `least`."""
+    for name, value in counts.items():
+        if type(value) is not int or value < least:
+            raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")

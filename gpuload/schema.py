@@ -64,6 +64,9 @@ def resolve(
             raise ConfigError(f"Expected transforms for the columns read, {schema.names}; got {name!r}.{hint}")
         if not isinstance(transform, (Image, Text)):
             raise ConfigError(f"Expected gpuload.Image or gpuload.Text for column {name!r}, got {transform!r}.")
+        mask = f"{name}_mask"
+        if isinstance(transform, Text) and mask in schema.names:
+            raise ConfigError(f"Expected the name {mask!r} free for an attention mask; rename that column.")
     features = _features(schema)
     return [_column(field, transforms.get(field.name), features, first_value) for field in schema]
 

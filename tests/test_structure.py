@@ -30,7 +30,7 @@ decode.arena decode.lanes decode.nvimgcodec decode.dali
 resize text batch
 clock trace stages
 device state schema ranks
-pipeline foreign dataset
+pipeline foreign epochs dataset
 gpuload
 undecoded dali
 describe folder ingest sheet demo bench
@@ -107,13 +107,7 @@ def test_a_package_is_imported_by_its_owner_alone(package: str) -> None:
     assert users <= OWNERS[package]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="to be split", strict=True)) if name == "dataset" else name
-        for name in FILES
-    ],
-)
+@pytest.mark.parametrize("name", FILES)
 def test_no_file_is_too_long(name: str) -> None:
     assert len(FILES[name].read_text().splitlines()) <= LONGEST
 

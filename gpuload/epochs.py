@@ -1,0 +1,156 @@
+"""Which batches, from where: a sampler's words and the ranks enter; plans, reads and saved places leave."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from gpuload import state
+from gpuload.foreign import foreign_reads
+from gpuload.pipeline import Read
+from gpuload.ranks import Ranks, check_wrappers
+from gpuload.samplers import Plan, PlanSampler, make_sampler
+from gpuload.source import Source
+
+
+class Epochs:
+    """The epochs of one dataset in this process, and the place in the present one.
+
+    Parameters
+    ----------
+    given : lance.sampler.Sampler or None
+        A sampler of the user's, which keeps its own epoch as well.
+    shuffle, granularity
+        `LanceDataset`'s words, where no sampler was given.
+    ranks : Ranks
+        Asked anew each time: a process group may be initialised after the dataset was made.
+    seed, batch_size : int
+    projection : dict
+        What `Source` was opened with; part of what a saved place must agree with.
+    """
+
+    def __init__(
+        self,
+        given: Any,
+        shuffle: bool | str,
+        granularity: str | None,
+        ranks: Ranks,
+        *,
+        seed: int,
+        batch_size: int,
+        projection: Mapping[str, Any],
+    ) -> None:
+        self._given, self._shuffle, self._granularity, self._ranks = given, shuffle, granularity, ranks
+        self._seed, self._batch_size, self._projection = seed, batch_size, projection
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist see set_epoch
+        self._told: int | None = None  # the epoch of the sampler that was given, when it was last looked at
+        self._position, self._resume = state.Position(), False
+        self.sampler  # noqa: B018 - its words are checked now
+
+    @property
+    def sampler(self) -> Any:
+        """The sampler in use, with the rank and world size of now."""
+        return make_sampler(self._given, self._shuffle, self._granularity, *self._ranks.resolve(), self._seed)
+
+    def now(self) -> int:
+        """The epoch that was set last, here or on the sampler that was given."""
+        told = getattr(self._given, "_epoch", None)
+        if told is not None and told != self._told:  # also in a forked worker, which nobody prepared
+            self._told = told
+            self._epoch.fill_(told)
+        return int(self._epoch)
+
+    def set(self, epoch: int) -> None:
+        """The epoch of the next iteration. Keeps a place loaded in it."""
+        if hasattr(self._given, "set_epoch"):
+            self._given.set_epoch(epoch)
+            self._told = epoch
+        self._epoch.fill_(epoch)
+
+    def begin(self) -> state.Position:
+        """The place where an iteration starts: the loaded one, once, or the start of the epoch."""
+        check_wrappers(getattr(self.sampler, "world_size", 1))
+        epoch = self.now()
+        if not self._resume or self._position.epoch != epoch:
+            self._position = state.Position(epoch)
+        self._resume = False
+        return self._position
+
+    def plan(self, source: Source, drop_last: bool, position: state.Position | None = None) -> Plan:
+        """This rank's batches from `position`, by default of the whole present epoch.
+
+        Raises
+        ------
+        TypeError
+            The sampler is a foreign one: its order cannot be known without reading.
+        """
+        position = position or state.Position(self.now())
+        sampler = copy.copy(self._planner("len()"))
+        sampler.set_epoch(position.epoch)
+        plan: Plan = sampler.plan(
+            source.rows, source.fragments, self._batch_size, drop_last=drop_last, start=position.start
+        )
+        return plan
+
+    def reads(self, source: Source, drop_last: bool, position: state.Position, readahead: int) -> Iterator[Read]:
+        """What this process reads from `position` to the epoch's end; in a DataLoader worker, its share of it."""
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        sampler = self.sampler
+        if not isinstance(sampler, PlanSampler):
+            options = (self._projection["filter"], self._projection["with_row_id"])
+            found = foreign_reads(sampler, source, self._batch_size, readahead, *options)
+            yield from itertools.islice(found, first, None, every)
+            return
+        plan = self.plan(source, drop_last, position)
+        for step in range(position.taken, len(plan)):
+            if step % every == first:
+                ranges = plan.ranges(step)
+                table = functools.partial(source.read, ranges)
+                yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
+
+    def save(self, source: Source) -> dict[str, Any]:
+        """The place after the last batch that was taken, as JSON."""
+        sampler = self._planner("state_dict()")
+        position = self._position if self._position.epoch == self.now() else state.Position(self.now())
+        return state.save(position, self._identity(source, sampler), sampler.world_size)
+
+    def load(self, saved: Mapping[str, Any], source: Source) -> None:
+        """Make a saved place the start of the next iteration."""
+        sampler = self._planner("load_state_dict()")
+        worker = get_worker_info() is not None
+        identity = self._identity(source, sampler)
+        position = state.restore(saved, identity, sampler.world_size, sampler.elastic, worker)
+        self.set(position.epoch)
+        self._position, self._resume = position, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a DataLoader worker, which has no process group of its own: rank and epoch as they are here."""
+        self.now()
+        return {**self.__dict__, "_ranks": self._ranks.resolved()}
+
+    def _planner(self, what: str) -> Any:
+        sampler = self.sampler
+        if not isinstance(sampler, PlanSampler):
+            raise TypeError(f"Expected a gpuload sampler for {what}, got {sampler!r}, whose order nobody can foresee.")
+        return sampler
+
+    def _identity(self, source: Source, sampler: Any) -> dict[str, Any]:
+        """What a state must agree with: the dataset, and all that its order depends on."""
+        return {
+            "uri": source.uri,
+            "dataset_version": source.version,
+            "fingerprint": source.fingerprint(),
+            "filter": self._projection["filter"],
+            "samples": self._projection["samples"],
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+            **sampler.key(),
+        }
