@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if self.cuda else None  # type: ignore[no-untyped-call]
+        self._copies = _copy_stream(device) if self.cuda else None
 
     def mark(self) -> Any:
         """An event after all that the calling thread has put on its current stream."""
@@ -145,6 +146,12 @@ class Side:
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.record_stream(stream)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> Any:
+    """One for all: torch keeps the memory of every stream apart, so a stream for each iteration would use up more."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -269,7 +269,7 @@ class Event:
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
+def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Stream]]:
     """The current stream is the last of this list."""
     streams = [Stream()]
 
@@ -283,11 +283,13 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
         def __exit__(self, *error: object) -> None:
             streams.pop()
 
+    device._copy_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", Within)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[-1])
-    return streams
+    yield streams
+    device._copy_stream.cache_clear()
 
 
 def test_the_consumers_stream_waits_for_every_event_and_memory_is_kept_for_it(current: list[Stream]) -> None:
