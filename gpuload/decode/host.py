@@ -148,7 +148,8 @@ class Host:
             got = f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
             raise DecodeError(f"Expected {_whole(view)}, got {got}") from None
         except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-            raise DecodeError(f"Expected at most {self._max_pixels} pixels (max_pixels), got more: {error}") from error
+            limits = f"{self._max_pixels} pixels (max_pixels) and twice PIL.Image.MAX_IMAGE_PIXELS"
+            raise DecodeError(f"Expected at most {limits}, got more: {error}") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             raise DecodeError(f"Expected {_whole(view)}, got {len(view)} bytes that broke: {error}") from error
         self.count("pillow")
