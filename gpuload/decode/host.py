@@ -148,8 +148,10 @@ class Host:
             got = f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
             raise DecodeError(f"Expected {_whole(view)}, got {got}") from None
         except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-            limits = f"{self._max_pixels} pixels (max_pixels) and twice PIL.Image.MAX_IMAGE_PIXELS"
-            raise DecodeError(f"Expected at most {limits}, got more: {error}") from error
+            own = pillow.MAX_IMAGE_PIXELS or 0  # for what Pillow reads its own limit holds too, twice this
+            limit = f"{self._max_pixels} pixels (max_pixels)"
+            limit = limit if self._max_pixels <= own else f"{2 * own} pixels (2 * PIL.Image.MAX_IMAGE_PIXELS)"
+            raise DecodeError(f"Expected at most {limit}, got more: {error}") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             raise DecodeError(f"Expected {_whole(view)}, got {len(view)} bytes that broke: {error}") from error
         self.count("pillow")
