@@ -94,12 +94,14 @@ def arguments(options: dict[str, Any]) -> Any:
 def _once(case: Case, settings: Any) -> dict[str, Any]:
     try:
         job = case(settings)
+        before = sum(os.times()[:4])
         started, first, rows = time.perf_counter(), 0.0, 0
         for batch in job():
             first = first or time.perf_counter() - started
             rows += batch
         seconds = time.perf_counter() - started
-        return {"rows": rows, "seconds": seconds, "first_s": first, "note": getattr(job, "note", "")}
+        used = sum(os.times()[:4]) - before  # with the workers, which have ended
+        return {"rows": rows, "seconds": seconds, "first_s": first, "cpu_s": used, "note": getattr(job, "note", "")}
     except ImportError as error:
         return {"missing": f"{error.name} is not installed"}
 
@@ -159,6 +161,7 @@ def _report(name: str, settings: Any, runs: dict[str, list[dict[str, Any]]]) -> 
             "ratio": round(statistics.median(paired), 3),
             "ratio_lowest": round(min(paired), 3),
             "ratio_highest": round(max(paired), 3),
+            "cpu_ms": round(statistics.median(run["cpu_s"] / run["rows"] for run in good) * 1000, 3),
             "first_s": round(statistics.median(run["first_s"] for run in good), 4),
             "peak_mb": round(max((run.get("peak_mb", 0.0) for run in all_of_it), default=0.0)),
             "runs": len(good),
@@ -194,11 +197,17 @@ def _processor() -> str:
 
 def _show(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['benchmark']}: median of interleaved runs, ratios within a round")
-    for heading in ("case", "rows/s", "lowest", "highest", "ratio", "spread", "first s", "peak MB"):
+    for heading in ("case", "rows/s", "lowest", "highest", "ratio", "spread", "cpu ms", "first s", "peak MB"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, figures in report["cases"].items():
         numbers = [f"{figures[key]:,.0f}" for key in ("rows_per_s", "lowest", "highest")]
         spread = f"{figures['ratio_lowest']:.2f}-{figures['ratio_highest']:.2f}"
-        rest = [f"{figures['ratio']:.2f}", spread, f"{figures['first_s']:.3f}", f"{figures['peak_mb']:,}"]
+        rest = [
+            f"{figures['ratio']:.2f}",
+            spread,
+            f"{figures['cpu_ms']:.2f}",
+            f"{figures['first_s']:.3f}",
+            f"{figures['peak_mb']:,}",
+        ]
         table.add_row(case, *numbers, *rest)
     Console(width=120).print(table)
