@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,7 +335,7 @@ class LanceDataset(IterableDataset[Batch]):
             return
         where = None if self._cache is True else str(self._cache)
         folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        Finalize(self, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # in a worker too
         self._open().use_cache(folder)
 
 

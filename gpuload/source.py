@@ -161,7 +161,7 @@ class Source:
 
         empty = self.read(np.empty((0, 2), np.int64)).rename_columns(names)
         reader = pa.RecordBatchReader.from_batches(empty.schema, batches())
-        self._cache = lance.write_dataset(reader, os.path.join(folder, "cache.lance"), mode="overwrite")
+        self._cache = lance.write_dataset(reader, os.path.join(folder, "cache.lance"), mode="create")
 
     def _column(self, field: Field, table: pa.Table | None, ranges: Ranges) -> pa.ChunkedArray:
         if field.blob:

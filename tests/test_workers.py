@@ -176,19 +176,23 @@ for epoch in (0, 1):
     print(*ids(persistent))
 sampler.set_epoch(1)
 print(*ids(fork(LanceDataset(path, 8, columns=columns, sampler=sampler))))
+dataset = LanceDataset(path, 8, columns=columns, cache=sys.argv[2])
+print(*ids(fork(dataset)))
+assert not os.listdir(sys.argv[2])  # each worker had a copy and took it along
 print(*ids(LanceDataset(path, 8, columns=columns, sampler=ShuffleSampler(seed=1))))  # the parent may open it now
 """
 
 
-def test_fork_works_where_lance_was_not_opened(rows: str) -> None:
-    done = python(FORK + FORK_FIRST, rows)
+def test_fork_works_where_lance_was_not_opened(rows: str, tmp_path: Path) -> None:
+    done = python(FORK + FORK_FIRST, rows, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [[int(i) for i in line.split()] for line in done.stdout.splitlines()]
     everything = list(range(103))
     assert sorted(lines[0] + lines[1]) == everything
     assert lines[2] == [i for i in everything if i // 8 % 2]
     assert sorted(lines[3]) == everything
-    assert lines[3] == lines[6]
+    assert lines[6] == lines[2]
+    assert lines[3] == lines[7]
     assert lines[4] == lines[5] != lines[3]
     assert sorted(lines[4]) == everything
 
