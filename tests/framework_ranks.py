@@ -16,7 +16,12 @@ from torch import nn
 
 from gpuload import Image, LanceDataset
 
-OPTIONS: dict[str, Any] = {"shuffle": True, "transforms": {"image": Image(8)}, "columns": ["image", "number"]}
+OPTIONS: dict[str, Any] = {
+    "shuffle": True,
+    "transforms": {"image": Image(8)},
+    "columns": ["image", "number"],
+    "device": "cpu",
+}
 PIXELS = 3 * 8 * 8
 
 
