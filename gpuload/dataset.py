@@ -217,8 +217,10 @@ class LanceDataset(IterableDataset[Batch]):
 
         Raises
         ------
+        StateError
+            DataLoader workers do the reading: use torchdata's StatefulDataLoader, or ``num_workers=0``.
         TypeError
-            The sampler is a foreign one: its order cannot be entered in the middle.
+            The sampler is a foreign one.
         """
         return self._epochs.save(self._open())
 
@@ -228,7 +230,7 @@ class LanceDataset(IterableDataset[Batch]):
         Raises
         ------
         StateError
-            It belongs to other rows or another order; says which field differs, and both values.
+            It belongs to other rows or another order: names the field and both values.
         """
         self._epochs.load(saved, self._open())
 
@@ -304,10 +306,8 @@ class LanceDataset(IterableDataset[Batch]):
             )  # fmt: skip
             running: Any = pipeline.run(reads)
         else:
-            convert, function = source.hf_converter(), self._to_tensor_fn
-            running = raw_batches(
-                reads, function, convert, self.batch_readahead, self.readahead_bytes, self._clocks["read"]
-            )
+            bounds = (self.batch_readahead, self.readahead_bytes)
+            running = raw_batches(reads, self._to_tensor_fn, source.hf_converter(), *bounds, self._clocks["read"])
         try:
             for made in running:
                 step, batch = (made.step, made) if isinstance(made, Batch) else made

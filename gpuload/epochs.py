@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from gpuload import state
+from gpuload.errors import StateError
 from gpuload.foreign import foreign_reads
 from gpuload.pipeline import Read
 from gpuload.ranks import Ranks, check_wrappers
@@ -48,8 +49,10 @@ class Epochs:
     ) -> None:
         self._given, self._shuffle, self._granularity, self._ranks = given, shuffle, granularity, ranks
         self._seed, self._batch_size, self._projection = seed, batch_size, projection
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist see set_epoch
+        shared = torch.zeros(2, dtype=torch.int64)
+        shared.share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch = shared[0]  # workers that persist see set_epoch
+        self._elsewhere = shared[1]  # 1 while workers read this epoch, whose place nobody here knows
         self._told: int | None = None  # the epoch of the sampler that was given, when it was last looked at
         self._position, self._resume = state.Position(), False
         self.sampler  # noqa: B018 - its words are checked now
@@ -72,12 +75,15 @@ class Epochs:
         if hasattr(self._given, "set_epoch"):
             self._given.set_epoch(epoch)
             self._told = epoch
+        if epoch != int(self._epoch):
+            self._elsewhere.fill_(0)
         self._epoch.fill_(epoch)
 
     def begin(self) -> state.Position:
         """The place where an iteration starts: the loaded one, once, or the start of the epoch."""
         check_wrappers(getattr(self.sampler, "world_size", 1))
         epoch = self.now()
+        self._elsewhere.fill_(get_worker_info() is not None)
         if not self._resume or self._position.epoch != epoch:
             self._position = state.Position(epoch)
         self._resume = False
@@ -105,8 +111,7 @@ class Epochs:
         first, every = (worker.id, worker.num_workers) if worker else (0, 1)
         sampler = self.sampler
         if not isinstance(sampler, PlanSampler):
-            options = (self._projection["filter"], self._projection["with_row_id"])
-            found = foreign_reads(sampler, source, self._batch_size, readahead, *options)
+            found = foreign_reads(sampler, source, self._batch_size, readahead, self._projection["filter"])
             yield from itertools.islice(found, first, None, every)
             return
         plan = self.plan(source, drop_last, position)
@@ -117,7 +122,18 @@ class Epochs:
                 yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
 
     def save(self, source: Source) -> dict[str, Any]:
-        """The place after the last batch that was taken, as JSON."""
+        """The place after the last batch that was taken, as JSON.
+
+        Raises
+        ------
+        StateError
+            DataLoader workers read this epoch: what was taken from them is not known here.
+        """
+        if int(self._elsewhere) and get_worker_info() is None:
+            raise StateError(
+                "Expected state_dict() where the batches are read, got it beside DataLoader workers, whose batches on "
+                "the way nobody here can count. Use num_workers=0, or the state_dict() of torchdata's StatefulDataLoader."
+            )
         sampler = self._planner("state_dict()")
         position = self._position if self._position.epoch == self.now() else state.Position(self.now())
         return state.save(position, self._identity(source, sampler), sampler.world_size)
@@ -129,6 +145,7 @@ class Epochs:
         identity = self._identity(source, sampler)
         position = state.restore(saved, identity, sampler.world_size, sampler.elastic, worker)
         self.set(position.epoch)
+        self._elsewhere.fill_(0)
         self._position, self._resume = position, True
 
     def __getstate__(self) -> dict[str, Any]:

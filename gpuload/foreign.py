@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,9 +17,7 @@ from gpuload.source import Source
 from gpuload.stages import Budget, ordered_map
 
 
-def foreign_reads(
-    sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None, with_row_id: bool
-) -> Iterator[Read]:
+def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None) -> Iterator[Read]:
     """Reads of exactly `batch_size` rows from the RecordBatches that the sampler yields; the last may be shorter.
 
     Positions are Lance's row ids where the sampler gives them, else the running number of the row.
@@ -40,8 +39,7 @@ def foreign_reads(
         missing = [name for name in source.schema.names if name not in table.schema.names]
         if missing:
             raise ValueError(f"Expected the columns {source.schema.names} from {sampler!r}, got none named {missing}.")
-        names = [name for name in table.schema.names if name != "_rowid" or with_row_id]
-        yield Read(step, rows, len(table), lambda table=table, names=names: table.select(names))
+        yield Read(step, rows, len(table), functools.partial(table.select, source.schema.names))
 
 
 def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:

@@ -526,6 +526,12 @@ def test_a_users_sampler_gets_filter_columns_and_row_ids(uneven: Any) -> None:
     assert [int(i) for b in batches for i in b["_rowid"]] == [row_ids[i] for i in real_ids(batches)]
 
 
+def test_a_users_sampler_gives_the_row_ids_that_columns_ask_for(uneven: Any) -> None:
+    expected = [int(i) for batch in LanceDataset(uneven, 16, with_row_id=True) for i in batch["_rowid"]]
+    batches = list(LanceDataset(uneven, 16, columns=["_rowid", "id"], sampler=Backwards()))
+    assert sorted(int(i) for batch in batches for i in batch["_rowid"]) == sorted(expected)
+
+
 def test_a_users_fragment_sampler_reads_its_fragments(uneven: Any) -> None:
     seen = real_ids(LanceDataset(uneven, 16, columns=["id"], sampler=EvenFragments()))
     expected = [f.to_table(columns=["id"])["id"].to_pylist() for f in uneven.get_fragments()[::-2]]

@@ -13,7 +13,7 @@ import torch.distributed
 from support_samplers import EVERY, SHARDED, python, real_ids, write
 from torch.utils.data import DataLoader
 
-from gpuload import Image, LanceDataset, ShuffleSampler
+from gpuload import Image, LanceDataset, ShuffleSampler, StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # than there are cores
 
@@ -48,6 +48,20 @@ def test_ranks_times_workers_have_each_row_once(rows: str, quick: Any) -> None:
         options: dict[str, Any] = {"rank": rank, "world_size": 3, "shuffle": True, "filter": "id % 4 > 0"}
         seen += real_ids(loader(LanceDataset(rows, 5, columns=["id"], **options), 2, quick, batch_size=None))
     assert sorted(seen) == [i for i in range(103) if i % 4]
+
+
+def test_a_place_that_only_workers_know_is_not_saved_as_the_start(rows: str, quick: Any) -> None:
+    dataset = LanceDataset(rows, 8, columns=["id"])
+    running = iter(loader(dataset, 2, quick))
+    for _ in range(3):
+        next(running)
+    with pytest.raises(StateError, match="StatefulDataLoader"):
+        dataset.state_dict()
+    running._shutdown_workers()  # type: ignore[attr-defined]
+    dataset.set_epoch(1)  # a new epoch, of which nothing was taken
+    assert dataset.state_dict()["step"] == 0
+    next(iter(dataset))
+    assert dataset.state_dict()["step"] == 1
 
 
 def test_more_workers_than_batches(rows: str, quick: Any) -> None:
