@@ -131,8 +131,8 @@ class Epochs:
         """
         if int(self._elsewhere) and get_worker_info() is None:
             raise StateError(
-                "Expected state_dict() where the batches are read, got it beside DataLoader workers, whose batches on "
-                "the way nobody here can count. Use num_workers=0, or the state_dict() of torchdata's StatefulDataLoader."
+                "Expected state_dict() where the batches are read, got it beside DataLoader workers, of whose batches "
+                "nobody here knows how many were taken. Use num_workers=0, or torchdata's StatefulDataLoader."
             )
         sampler = self._planner("state_dict()")
         position = self._position if self._position.epoch == self.now() else state.Position(self.now())
