@@ -79,7 +79,7 @@ def retrieval(model: TinyCLIP, batch: Batch) -> float:
 
 
 def main() -> None:
-    settings = training.arguments(__doc__, gallery=128)
+    settings = training.arguments(__doc__, gallery=128, epochs=8)
     device = training.start()
     tokenizer = words()
     common: dict[str, Any] = {"columns": ["image", "caption"], "device": device}
