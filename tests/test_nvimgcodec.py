@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,26 @@ def test_a_missing_package_is_an_error_with_the_line_that_helps(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(DeviceError, match=r'pip install "gpuload\[cuda13\]"'):
         NvImageCodecDecoder(CPU, LIMIT)
+
+
+def test_dali_orders_its_outputs_on_the_lanes_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvidia.dali.pipeline import Pipeline
+
+    given: list[Any] = []
+
+    class Noted(Pipeline):  # type: ignore[misc]
+        def outputs(self, cuda_stream: Any = None) -> Any:
+            given.append(cuda_stream)
+            return super().outputs()
+
+    decoder = DaliDecoder(CPU, LIMIT)
+    decoder._pipeline = Noted
+    lane = decoder._lanes.take()
+    lane.tool.pipeline, lane.tool.batch_size = decoder._build(2), 2
+    monkeypatch.setattr(decoder, "device", torch.device("cuda", 0))
+    lane.stream = SimpleNamespace(cuda_stream=77)
+    assert len(decoder._decode_part(lane, [view(jpeg()), view(jpeg())])) == 2
+    assert given == [77]
 
 
 # The ring's protocol, with stand-ins for CUDA's streams and events.

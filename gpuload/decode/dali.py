@@ -138,7 +138,7 @@ class DaliDecoder(LaneDecoder):
             tool.pipeline = self._build(tool.batch_size)
         tool.pipeline.feed_input("encoded", views)
         cuda = self.device.type == "cuda"
-        (images,) = tool.pipeline.run(cuda_stream=lane.stream.cuda_stream) if cuda else tool.pipeline.run()
+        (images,) = tool.pipeline.run(lane.stream.cuda_stream) if cuda else tool.pipeline.run()
         return images
 
 
