@@ -1,4 +1,4 @@
-"""The README's figures: benchmarks/results/cpu-*.json enter, the text between the markers and cpu.png leave."""
+"""The README's figures: benchmarks/results/*.json enter, the text between the markers, cpu.png and scaling.md leave."""
 
 from __future__ import annotations
 
@@ -126,8 +126,27 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def scaling(report: dict[str, Any]) -> str:
+    """A table of the corners and what limits each."""
+    cores, rows = report["machine"]["cores"], report["settings"]["rows"]
+    lines = ["# How the rate changes", "", f"`python benchmarks/bench_scaling.py` on {cores} cores, --rows {rows}. "]
+    lines[-1] += "The ratio is to the first of each group; what limits is what `dataset.stats()` says."
+    lines += [
+        "",
+        "| case | rows/s | ratio | CPU ms a row | first batch, ms | what limits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in report["cases"].items():
+        cells = [f"{case['rows_per_s']:,.0f}", f"{case['ratio']:.2f}", f"{case['cpu_ms']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {case['first_s'] * 1000:,.0f} | {case.get('limits', '')} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Bring README and picture up to date."""
+    """Bring README, picture and the table of scaling up to date."""
+    corners = harness.RESULTS / "scaling.json"
+    if corners.exists():
+        (harness.RESULTS / "scaling.md").write_text(scaling(json.loads(corners.read_text())))
     reports = load()
     if not reports:
         raise SystemExit("Expected benchmarks/results/cpu-pixels.json, got none: python benchmarks/run_all.py")

@@ -56,7 +56,7 @@ def main(name: str, cases: dict[str, Case], options: dict[str, Any], prepare: Ca
         return
     prepare(settings)
     name = name.format(**vars(settings))
-    chosen = [case for case in cases if not settings.cases or case in settings.cases.split(",")]
+    chosen = [case for case in cases if not settings.cases or case in settings.cases.split(";")]
     runs: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
     console = Console(stderr=True)
     order = [(case, False) for _ in range(settings.repeats) for case in chosen]
@@ -86,7 +86,7 @@ def arguments(options: dict[str, Any]) -> Any:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="")
-    parser.add_argument("--cases", default="", help="comma-separated; all by default")
+    parser.add_argument("--cases", default="", help="separated by semicolons; all by default")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -34,8 +34,7 @@ def main() -> None:
     for name, *options in runs:
         repeats = ["--repeats", str(settings.repeats)]
         subprocess.run([sys.executable, str(HERE / name), *common, *repeats, *options], check=True)
-    if "cpu" in chosen:
-        figures.main()
+    figures.main()
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ def test_the_readme_gets_figures_and_a_picture(tmp_path: Path) -> None:
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert "**gpuload**" in once
+    corners = {**report, "cases": {"threads: 1": {**case, "rows_per_s": 9.0, "cpu_ms": 1.0, "limits": "decode-bound"}}}
+    assert "| threads: 1 | 9 | 1.10 | 1.00 | 100 | decode-bound |" in figures.scaling(corners)
     pytest.importorskip("matplotlib")
     figures.draw(reports, tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").stat().st_size > 1000
