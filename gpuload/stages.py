@@ -161,13 +161,14 @@ class flat_map(Generic[T, R], Iterator[R]):
 class Budget(Generic[T], Iterator[T]):
     """Items while they fit: as many under way as `most` bytes hold of the largest one seen so far, at least one.
 
-    Until the first is weighed there is one. The stage that pulls asks `ready` first; `weigh` may come from any thread,
-    `leave` from the one that pulls.
+    Until the first is weighed there is one, and until it leaves no more than two: reading further ahead would only take
+    the processor from the batch that everybody waits for. The stage that pulls asks `ready` first; `weigh` may come
+    from any thread, `leave` from the one that pulls.
     """
 
     def __init__(self, items: Iterable[T], most: int) -> None:
         self._items, self._most = iter(items), most
-        self._largest, self._under_way = 0, 0
+        self._largest, self._under_way, self._begun = 0, 0, False
 
     def __next__(self) -> T:
         item = next(self._items)
@@ -176,7 +177,8 @@ class Budget(Generic[T], Iterator[T]):
 
     def limit(self) -> int:
         """Items that fit."""
-        return max(1, self._most // self._largest) if self._largest else 1
+        fits = max(1, self._most // self._largest) if self._largest else 1
+        return fits if self._begun else min(fits, 2)
 
     def ready(self) -> bool:
         return self._under_way < self.limit()
@@ -188,6 +190,7 @@ class Budget(Generic[T], Iterator[T]):
     def leave(self) -> None:
         """An item is the consumer's now."""
         self._under_way -= 1
+        self._begun = True
 
     def close(self) -> None:
         close = getattr(self._items, "close", None)

@@ -55,7 +55,10 @@ def test_the_same_batches_whatever_the_bytes(pictures: str) -> None:
 def test_the_largest_item_counts() -> None:
     budget = Budget(iter(range(100)), 100)
     assert budget.limit() == 1
+    next(budget)
     budget.weigh(20)
+    assert budget.limit() == 2  # the first is not out yet
+    budget.leave()
     assert budget.limit() == 5
     budget.weigh(50)
     budget.weigh(10)
