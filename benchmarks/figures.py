@@ -74,7 +74,9 @@ def text(reports: dict[str, dict[str, Any]]) -> str:
     lines += [
         "A process for each run; peak memory is that of a process and its workers. Peers decode with simplejpeg and"
     ]
-    lines += ["torch where they bring no decoder of their own.", "", "</details>"]
+    lines += ["torch where they bring no decoder of their own."]
+    lines += [f"{first['notes']} See benchmarks/NOTES.md."] if "notes" in first else []
+    lines += ["", "</details>"]
     return "\n".join(lines)
 
 
@@ -103,6 +105,7 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(reports), figsize=(4.2 * len(reports) + 2, 0.36 * len(names) + 1.4), sharey=True, squeeze=False
     )
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number that meets the line
     for panel, (task, report) in zip(panels[0], reports.items(), strict=True):
         for at, name in enumerate(names):
             case = report["cases"].get(name)
@@ -112,7 +115,7 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
             colour = "#1f6feb" if name == _OURS else "#b6bec9"
             whiskers = {"ecolor": "#444c56", "elinewidth": 1, "capsize": 2.5}
             panel.barh(at, case["ratio"], color=colour, height=0.72, xerr=[[low], [high]], error_kw=whiskers)
-            panel.text(case["ratio_highest"] + 0.02, at, f"{case['ratio']:.2f}", va="center", fontsize=8.5)
+            panel.text(case["ratio_highest"] + 0.02, at, f"{case['ratio']:.2f}", va="center", fontsize=8.5, bbox=plain)
         panel.axvline(1, color="#cf222e", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         panel.set_title(TASKS[task], fontsize=10.5, loc="left")
         panel.set_xlim(0, 1.12 * max(case["ratio_highest"] for case in report["cases"].values()) + 0.1)
@@ -122,7 +125,7 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
     panels[0][0].set_yticks(range(len(names)), names, fontsize=9.5)
     panels[0][0].get_yticklabels()[names.index(_OURS)].set_fontweight("bold")
     figure.tight_layout(w_pad=2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)
 
 
