@@ -1,8 +1,8 @@
 """The allocator: glibc keeps freed megabytes for the next batch instead of giving every page back to the kernel.
 
 Lance allocates each column of each batch with malloc. By default glibc maps blocks of megabytes anew each time, so
-most of a scan's CPU time is page faults (tests/test_malloc.py counts them for plain blocks). The setting holds for the whole
-process; GPULOAD_MALLOC=default leaves the allocator alone.
+most of a scan's CPU time is page faults (tests/test_malloc.py counts them for plain blocks). The setting holds for the
+whole process; GPULOAD_MALLOC=default leaves the allocator alone.
 """
 
 from __future__ import annotations
