@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpuload.decode import IMAGE_ROW, Ragged, lay_out, region
+from gpuload.decode.header import ends
 from gpuload.decode.host import Host
 from gpuload.errors import DecodeError
 
@@ -73,9 +74,7 @@ class CpuDecoder:
         """Decode the windows of upright JPEGs. Returns the bytes used, and which images are still to be decoded."""
         table, everything = ragged.table, np.arange(len(views))
         usable = (table["height"] > 0) & (table["orientation"] == 1) & (region.library() is not None)
-        which = np.array(
-            [i for i in everything[usable].tolist() if i not in decoded and region.ends(views[i])], np.intp
-        )
+        which = np.array([i for i in everything[usable].tolist() if i not in decoded and ends(views[i])], np.intp)
         if not len(which):
             return 0, everything
         heights, widths = table["height"][which].astype(np.int64), table["width"][which].astype(np.int64)

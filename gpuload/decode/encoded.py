@@ -15,7 +15,7 @@ from PIL import Image as pillow
 
 from gpuload.decode import IMAGE_ROW, Ragged
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.decode.header import sniff
+from gpuload.decode.header import expect_bytes, expect_size, sniff
 from gpuload.errors import DecodeError
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a file without its end is refused by every decoder
@@ -62,8 +62,7 @@ class Encoded:
         pass
 
     def _judge(self, view: Any) -> None:
-        if view is None or not len(view):
-            raise DecodeError(f"Expected an encoded image, got {'a null' if view is None else '0 bytes'}")
+        expect_bytes(view)
         kind = sniff(view)
         if kind not in self._formats:
             got = f"a {kind} file" if kind else f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
@@ -71,10 +70,7 @@ class Encoded:
         end = _ENDS.get(kind, b"")
         if end not in bytes(view[-64:]) and end not in bytes(view):
             raise DecodeError(f"Expected a whole {kind} file, got {len(view)} bytes without its end marker")
-        height, width = _size(view, kind)
-        if not 0 < height * width <= self._max_pixels:
-            got = f"{height}x{width} = {height * width}"
-            raise DecodeError(f"Expected at most {self._max_pixels} pixels (max_pixels), got {got}")
+        expect_size(*_size(view, kind), self._max_pixels)
 
 
 def _size(view: Any, kind: str) -> tuple[int, int]:

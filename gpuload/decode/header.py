@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image as pillow
 
+from gpuload.errors import DecodeError
+
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -21,7 +23,7 @@ _SIGNATURES = (
 )
 _ORIENTATION = 0x0112
 _MAY_TURN = re.compile(rb"exif|EXIF|eXIf|Exif|adobe|XMP ")  # in PNG and WebP; their metadata may follow the pixels
-_TAIL = 4096  # bytes that may follow the end of a JPEG file
+_TAIL = 4096  # bytes of padding that may follow the end of a JPEG file
 
 
 def sniff(data: Any) -> str | None:
@@ -86,8 +88,26 @@ def orientation(view: Any, kind: str | None) -> int:
 
 
 def ends(view: Any) -> bool:
-    """Whether a JPEG file has its end marker: GPU decoders fill up what is missing of a cut file with gray."""
-    return bytes(view[-2:]) == b"\xff\xd9" or b"\xff\xd9" in bytes(view[-_TAIL:])
+    """Whether a JPEG file ends with its end marker, padding aside.
+
+    GPU decoders fill up what is missing of a cut file with gray, and who stops below a crop never comes to the cut. An
+    end marker further up proves nothing: it may be that of the thumbnail in the EXIF data.
+    """
+    return bytes(view[-2:]) == b"\xff\xd9" or bytes(view[-_TAIL:]).rstrip(b"\x00\t\n\r ").endswith(b"\xff\xd9")
+
+
+def expect_bytes(view: Any) -> None:
+    """Raise `DecodeError` for a null or an empty value."""
+    if view is None or not len(view):
+        raise DecodeError(f"Expected an encoded image, got {'a null' if view is None else '0 bytes'}")
+
+
+def expect_size(height: int, width: int, most: int) -> None:
+    """Raise `DecodeError` for an image without pixels, or with more than `most`."""
+    if height < 1 or width < 1:
+        raise DecodeError(f"Expected an image of at least 1x1 pixels, got {height}x{width}")
+    if height * width > most:
+        raise DecodeError(f"Expected at most {most} pixels (max_pixels), got {height}x{width} = {height * width}")
 
 
 def valid_orientation(value: Any) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 
-from gpuload.decode.header import jpeg_orientation, sniff, valid_orientation
+from gpuload.decode.header import expect_bytes, expect_size, jpeg_orientation, sniff, valid_orientation
 from gpuload.errors import DecodeError
 
 _NOT_IMAGES = {"EPS", "WMF"}  # these run other programs, or draw
@@ -99,8 +99,7 @@ class Host:
 
     def _plain_jpeg(self, row: Any, view: Any, orient: bool) -> bool:
         """Whether it is a JPEG that simplejpeg decodes to Pillow's pixels; its header is then in `row`."""
-        if view is None or not len(view):
-            raise DecodeError(f"Expected an encoded image, got {'a null' if view is None else '0 bytes'}")
+        expect_bytes(view)
         if len(view) < 4 or view[0] != 0xFF or view[1] != 0xD8:
             return False
         try:
@@ -109,7 +108,7 @@ class Host:
             return False
         if space not in ("YCbCr", "RGB", "Gray"):
             return False
-        self._check(height, width)
+        expect_size(height, width, self._max_pixels)
         channels = 1 if space == "Gray" else 3
         for name, value in zip(
             ("pitch", "height", "width", "channels", "orientation"),
@@ -138,7 +137,7 @@ class Host:
         """(u8[H, W, 1 or 3], EXIF orientation still to be applied) of anything Pillow reads; first frame only."""
         try:
             with pillow.open(io.BytesIO(view), formats=_formats()) as image:
-                self._check(image.height, image.width)
+                expect_size(image.height, image.width, self._max_pixels)
                 image.load()
                 orientation = _exif_orientation(image)
                 pixels = _to_uint8(image)
@@ -156,14 +155,6 @@ class Host:
             raise DecodeError(f"Expected {_whole(view)}, got {len(view)} bytes that broke: {error}") from error
         self.count("pillow")
         return pixels, orientation
-
-    def _check(self, height: int, width: int) -> None:
-        if height < 1 or width < 1:
-            raise DecodeError(f"Expected an image of at least 1x1 pixels, got {height}x{width}")
-        if height * width > self._max_pixels:
-            raise DecodeError(
-                f"Expected at most {self._max_pixels} pixels (max_pixels), got {height}x{width} = {height * width}"
-            )
 
 
 def _whole(view: Any) -> str:

@@ -56,11 +56,6 @@ def library() -> ctypes.CDLL | None:
     return None if loaded.gpuload_jpeg_open(str(found[0]).encode()) else loaded
 
 
-def ends(view: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG file ends as it should: reading stops below the crop, so a cut file must be known beforehand."""
-    return len(view) > 3 and view[-2] == 0xFF and view[-1] == 0xD9
-
-
 def windows(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
