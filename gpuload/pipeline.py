@@ -27,10 +27,8 @@ from gpuload import resize
 from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
-from gpuload.decode import Decoder, Ragged
-from gpuload.decode.cpu import CpuDecoder
+from gpuload.decode import Crop, Decoder, Ragged
 from gpuload.decode.encoded import Encoded
-from gpuload.decode.region import Crop, Cropped
 from gpuload.device import Side, one_torch_thread, span
 from gpuload.errors import DecodeError, RowError, TextError
 from gpuload.schema import Column
@@ -238,11 +236,8 @@ class Pipeline:
         draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
         image = part.column.transform if isinstance(part.column.transform, Image) else _NATIVE
         wanted = functools.partial(image.regions, seed=self._seed, epoch=self._epoch, rows=draft.rows[lo:hi])
-        crop = (
-            Crop(wanted, image.shape[1:], image.fast) if image.shape and isinstance(self._decoder, CpuDecoder) else None
-        )
-        only = {} if crop is None else {"crop": crop}
-        ragged = self._decoder.decode(draft.views[name][lo:hi], mode=image.mode, orient=image.orient, **only)
+        crop = Crop(wanted, image.shape[1:], image.fast) if image.shape else None
+        ragged = self._decoder.decode(draft.views[name][lo:hi], orient=image.orient, crop=crop)
         draft.errors.extend((lo + i, name, error) for i, error in ragged.errors.items())
         if isinstance(self._decoder, Encoded):  # bytes stay bytes
             views = draft.views[name][lo:hi]
@@ -259,9 +254,8 @@ class Pipeline:
         assert part.column is not None
         draft, name, lo, hi = part.draft, part.column.name, part.lo, part.hi
         heights, widths = ragged.sizes()
-        if isinstance(ragged, Cropped):
-            regions, flips = ragged.regions, ragged.flips
-        else:
+        regions, flips = ragged.regions, ragged.flips
+        if regions is None or flips is None:
             regions, flips = wanted(np.maximum(heights, 1), np.maximum(widths, 1))
         out = self._room(draft, name, image)
         if image.shape is not None:

@@ -95,7 +95,7 @@ def files(count: int) -> list[bytes]:
 
 def decoded(decoder: Decoder, data: list[bytes]) -> tuple[list[Any], Ragged]:
     """u8[h, w, 3] of each file on the host, as it is stored; None where there is none."""
-    with decoder.decode([np.frombuffer(d, np.uint8) for d in data], mode="RGB", orient=True) as ragged:
+    with decoder.decode([np.frombuffer(d, np.uint8) for d in data], orient=True, crop=None) as ragged:
         found = []
         for i in range(len(ragged)):
             pixels = ragged.pixels(i).clone().cpu().numpy() if ragged.table["height"][i] else None

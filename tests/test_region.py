@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from making import by_pillow, encode, jpeg, picture
 
 from gpuload import Image
-from gpuload.decode import region
+from gpuload.decode import Crop, region
 from gpuload.decode.cpu import CpuDecoder
 from gpuload.resize import resize_normalize
 
@@ -32,9 +32,9 @@ def view(data: bytes) -> Any:
     return np.frombuffer(data, np.uint8)
 
 
-def crop(regions: Any, size: tuple[int, int], fast: bool = False) -> region.Crop:
+def crop(regions: Any, size: tuple[int, int], fast: bool = False) -> Crop:
     box = np.asarray(regions, np.float64).reshape(-1, 4)
-    return region.Crop(lambda h, w: (box.copy(), np.zeros(len(box), np.bool_)), size, fast)
+    return Crop(lambda h, w: (box.copy(), np.zeros(len(box), np.bool_)), size, fast)
 
 
 @settings(deadline=None, max_examples=150)

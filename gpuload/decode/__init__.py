@@ -5,7 +5,7 @@ A decoder is anything with the members of `Decoder`; `make_decoder` picks one. T
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpuload.columns import Views
 from gpuload.errors import DecodeError
 
 _ALIGN = 256  # bytes, as any allocation on a GPU
@@ -31,17 +32,40 @@ IMAGE_ROW = np.dtype(
 
 
 @dataclass
+class Crop:
+    """What will be made of the images, so that a decoder may leave the rest out.
+
+    Attributes
+    ----------
+    regions : callable
+        Heights and widths (i64[N] each, as a person sees the images) → regions f64[N, 4] and flips bool[N].
+    size : (int, int)
+        Output height and width.
+    fast : bool
+        Pixels may come from an image halved in the DCT.
+    """
+
+    regions: Callable[[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.float64], NDArray[np.bool_]]]
+    size: tuple[int, int]
+    fast: bool = False
+
+
+@dataclass
 class Ragged:
     """N images of N sizes, lent by a decoder: ``with decoder.decode(...) as ragged: ...``.
 
     Inside the block torch's current stream is the one the pixels are ordered on. What reads them must have run, or
     have been put on that stream, when the block ends: then the memory is the decoder's again.
+
+    A decoder that made use of a `Crop` says which `regions` to resize, in pixels of what it kept, and the `flips`.
     """
 
     arena: torch.Tensor  # u8[bytes]
     table: NDArray[np.void]  # IMAGE_ROW[N]; height 0 where there is no image
     errors: dict[int, DecodeError] = field(default_factory=dict)
     lease: AbstractContextManager[Any] = field(default_factory=nullcontext, repr=False)
+    regions: NDArray[np.float64] | None = None  # f64[N, 4]
+    flips: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -70,12 +94,12 @@ class Ragged:
 
 
 class Decoder(Protocol):
-    """Decodes to one device. `decode` may be called from many threads at once."""
+    """Decodes to one device. `decode` may be called from many threads at once, and need not make use of `crop`."""
 
     name: str
     device: torch.device
 
-    def decode(self, views: list[NDArray[np.uint8] | None], *, mode: str, orient: bool) -> Ragged: ...
+    def decode(self, views: Views, *, orient: bool, crop: Crop | None) -> Ragged: ...
     def counts(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.decode import IMAGE_ROW, Ragged, lay_out, region
+from gpuload.columns import Views
+from gpuload.decode import IMAGE_ROW, Crop, Ragged, lay_out, region
 from gpuload.decode.header import ends
 from gpuload.decode.host import Host
 from gpuload.errors import DecodeError
@@ -36,15 +37,14 @@ class CpuDecoder:
 
     def decode(
         self,
-        views: list[NDArray[np.uint8] | None],
+        views: Views,
         *,
-        mode: str = "RGB",
         orient: bool = True,
-        crop: region.Crop | None = None,
+        crop: Crop | None = None,
     ) -> Ragged:
         """One ragged arena with every image that could be decoded, overwritten by this thread's next call.
 
-        With `crop`, JPEGs are decoded no further than it needs, and the result is a `region.Cropped`.
+        With `crop`, JPEGs are decoded no further than it needs.
         """
         table = np.zeros(len(views), IMAGE_ROW)
         errors: dict[int, DecodeError] = {}
@@ -53,8 +53,8 @@ class CpuDecoder:
         if crop is not None:
             heights, widths = ragged.sizes()
             regions, flips = crop.regions(np.maximum(heights, 1), np.maximum(widths, 1))
-            ragged = region.Cropped(_NOTHING, table, errors, regions=regions, flips=flips)
-            used, left = self._windows(views, decoded, ragged, crop)
+            ragged.regions, ragged.flips = regions, flips
+            used, left = self._windows(views, decoded, table, regions, crop)
         arena = self._arena(lay_out(table, left, used), keep=used)
         self._host.fill(arena, table["offset"], table, left.tolist(), decoded, views, errors)
         self._host.count("failed", len(errors))
@@ -69,16 +69,24 @@ class CpuDecoder:
         self._local = threading.local()
 
     def _windows(
-        self, views: list[Any], decoded: dict[int, Any], ragged: region.Cropped, crop: region.Crop
+        self,
+        views: list[Any],
+        decoded: dict[int, Any],
+        table: NDArray[np.void],
+        regions: NDArray[np.float64],
+        crop: Crop,
     ) -> tuple[int, NDArray[np.intp]]:
-        """Decode the windows of upright JPEGs. Returns the bytes used, and which images are still to be decoded."""
-        table, everything = ragged.table, np.arange(len(views))
+        """Decode the windows of upright JPEGs; their `regions` become those within the windows.
+
+        Returns the bytes used, and which images are still to be decoded.
+        """
+        everything = np.arange(len(views))
         usable = (table["height"] > 0) & (table["orientation"] == 1) & (region.library() is not None)
         which = np.array([i for i in everything[usable].tolist() if i not in decoded and ends(views[i])], np.intp)
         if not len(which):
             return 0, everything
         heights, widths = table["height"][which].astype(np.int64), table["width"][which].astype(np.int64)
-        parts, scaled = region.windows(heights, widths, ragged.regions[which], crop.size, crop.fast)
+        parts, scaled = region.windows(heights, widths, regions[which], crop.size, crop.fast)
         parts["channels"] = table["channels"][which]
         places = np.zeros(len(parts), IMAGE_ROW)  # as wide as the window may become
         places["pitch"], places["height"] = (parts["w"] + region.BLOCK) * parts["channels"], parts["h"]
@@ -94,8 +102,8 @@ class CpuDecoder:
             parts["w"],
         )
         table["pitch"][done] = parts["w"] * parts["channels"]
-        ragged.regions[done] = scaled[good]
-        ragged.regions[done, :2] -= np.stack([parts["x"], parts["y"]], axis=1)
+        regions[done] = scaled[good]
+        regions[done, :2] -= np.stack([parts["x"], parts["y"]], axis=1)
         self._host.count("libjpeg-turbo", len(done))
         return used, np.setdiff1d(everything, done)
 

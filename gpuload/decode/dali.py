@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
 
+from gpuload.columns import Views
 from gpuload.decode.arena import Lane, Slot
 from gpuload.decode.header import ends, orientation, sniff
-from gpuload.decode.lanes import LaneDecoder, Views
+from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError
 
 _PLAIN = ("L", "LA", "P", "RGB", "RGBA", "1")  # Pillow's words for eight bits or fewer a sample

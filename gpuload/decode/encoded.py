@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from numpy.typing import NDArray
 from PIL import Image as pillow
 
-from gpuload.decode import IMAGE_ROW, Ragged
+from gpuload.columns import Views
+from gpuload.decode import IMAGE_ROW, Crop, Ragged
 from gpuload.decode.cpu import MAX_PIXELS
 from gpuload.decode.header import expect_bytes, expect_size, sniff
 from gpuload.errors import DecodeError
@@ -40,7 +40,7 @@ class Encoded:
         self._lock = threading.Lock()
         self._counts = {"encoded": 0, "failed": 0}
 
-    def decode(self, views: list[NDArray[np.uint8] | None], *, mode: str = "RGB", orient: bool = True) -> Ragged:
+    def decode(self, views: Views, *, orient: bool = True, crop: Crop | None = None) -> Ragged:
         """The errors by row, no pixels. About 5 µs for a JPEG file."""
         errors: dict[int, DecodeError] = {}
         for i, view in enumerate(views):

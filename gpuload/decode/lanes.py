@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.decode import IMAGE_ROW, Ragged, lay_out
+from gpuload.columns import Views
+from gpuload.decode import IMAGE_ROW, Crop, Ragged, lay_out
 from gpuload.decode.arena import Lane, Lanes, Lease, Slot
 from gpuload.decode.host import Host
 from gpuload.errors import DecodeError
-
-Views = list[NDArray[np.uint8] | None]
 
 
 class LaneDecoder:
@@ -46,7 +45,7 @@ class LaneDecoder:
         self._lock = threading.Lock()
         self._warned = False
 
-    def decode(self, views: Views, *, mode: str = "RGB", orient: bool = True) -> Ragged:
+    def decode(self, views: Views, *, orient: bool = True, crop: Crop | None = None) -> Ragged:
         """One arena with every image that could be decoded. Use it in a with block, which lends it out."""
         lane = self._lanes.take()
         try:

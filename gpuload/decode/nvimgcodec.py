@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
 
+from gpuload.columns import Views
 from gpuload.decode import Memory
 from gpuload.decode.arena import Lane, Slot
 from gpuload.decode.header import ends, orientation
-from gpuload.decode.lanes import LaneDecoder, Views
+from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet

@@ -8,8 +8,6 @@ libjpeg, there is no library and images are decoded whole.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import PIL
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.decode import Ragged
 
 PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
     [
@@ -102,30 +99,3 @@ def read(parts: NDArray[np.void]) -> None:
     found: Any = library()
     parts["status"] = 1
     found.gpuload_jpeg_read(parts.ctypes.data, len(parts))
-
-
-@dataclass
-class Crop:
-    """What will be made of the images, so that a decoder may leave the rest out.
-
-    Attributes
-    ----------
-    regions : callable
-        Heights and widths (i64[N] each, as a person sees the images) → regions f64[N, 4] and flips bool[N].
-    size : (int, int)
-        Output height and width.
-    fast : bool
-        Pixels may come from an image halved in the DCT.
-    """
-
-    regions: Callable[[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.float64], NDArray[np.bool_]]]
-    size: tuple[int, int]
-    fast: bool = False
-
-
-@dataclass
-class Cropped(Ragged):
-    """Windows of images, with the regions wanted of them in pixels of the window, and the flips."""
-
-    regions: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 4)))
-    flips: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
