@@ -80,7 +80,8 @@ def main() -> None:
     model = SmallResNet(settings.classes, settings.depth).to(device)
     training.train(model, dataset, loss_of, settings)
     check = LanceDataset(held_out, settings.batch_size, rank=0, world_size=1, transforms={"image": whole}, **common)
-    print(f"accuracy {accuracy(model, check):.3f}")
+    if training.first():  # two processes writing at once mix their lines
+        print(f"accuracy {accuracy(model, check):.3f}")
     training.finish()
 
 

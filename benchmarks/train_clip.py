@@ -98,8 +98,9 @@ def main() -> None:
     started = time.process_time()
     training.train(model, dataset, contrastive, settings)
     seconds = time.process_time() - started
-    (batch,) = gallery
-    print(f"retrieval {retrieval(model, batch):.3f} of {batch.size}, {seconds:.0f} s of CPU time")
+    if training.first():
+        (batch,) = gallery
+        print(f"retrieval {retrieval(model, batch):.3f} of {batch.size}, {seconds:.0f} s of CPU time")
     training.finish()
 
 

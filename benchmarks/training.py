@@ -61,10 +61,15 @@ def start() -> torch.device:
     return device
 
 
+def first() -> bool:
+    """Whether this is rank 0, which writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def drawn(settings: argparse.Namespace, rows: int, seed: int = 0) -> str:
     """Path of a dataset of pictures with captions, drawn once by rank 0."""
     path = Path(settings.out).parent / f"drawn-{rows}-{seed}.lance"
-    if int(os.environ.get("RANK", "0")) == 0 and not path.exists():
+    if first() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_demo(path, rows, seed)
     if dist.is_initialized():
@@ -76,7 +81,6 @@ def train(model: nn.Module, dataset: LanceDataset, loss_of: Loss, settings: argp
     """The loop; returns this run's losses, mean of all ranks, one a step. Rank 0 appends them to ``losses.jsonl``."""
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    rank = dist.get_rank() if dist.is_initialized() else 0
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.05)
     epoch, step = _resume(out / "checkpoint.pt", model, optimizer, dataset)
@@ -92,14 +96,14 @@ def train(model: nn.Module, dataset: LanceDataset, loss_of: Loss, settings: argp
             optimizer.step()
             losses.append(_mean(loss))
             step += 1
-            if rank == 0:
+            if first():
                 _log(out / "losses.jsonl", batch, losses[-1])
                 if settings.checkpoint_every and step % settings.checkpoint_every == 0:
                     _save(out / "checkpoint.pt", model, optimizer, dataset, step)
             if step == settings.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
         epoch += 1
-    if rank == 0:
+    if first():
         seconds = time.perf_counter() - started
         rows = len(losses) * settings.batch_size * (dist.get_world_size() if dist.is_initialized() else 1)
         print(f"{len(losses)} steps, {rows / max(seconds, 1e-9):.0f} rows/s, loss {sum(losses[-10:]) / 10:.4f}")

@@ -124,6 +124,15 @@ class Side:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
+    def share(self, tensor: torch.Tensor, event: Any) -> None:
+        """The calling thread's current stream is to write to `tensor`, which another may have allocated, after `event`.
+
+        torch keeps the memory for it: a batch that nobody takes is dropped while its slices may still be written.
+        """
+        if self.cuda:
+            self.after(event)
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+
     def upload(self, columns: dict[str, Any]) -> Any:
         """Moves tensors of the host in `columns` to the device through page-locked memory; returns the event after."""
         if not self.cuda:

@@ -12,6 +12,8 @@ GpuloadError
 
 from __future__ import annotations
 
+import torch
+
 
 class GpuloadError(Exception):
     """Base of every error this package raises on purpose."""
@@ -75,3 +77,8 @@ def expect_counts(least: int = 1, **counts: object) -> None:
     for name, value in counts.items():
         if type(value) is not int or value < least:
             raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
+
+
+def install(extra: str) -> str:
+    """The pip line for ``"cuda"`` or ``"dali"``, with the number of the CUDA that torch was built for, else 13."""
+    return f'pip install "gpuload[{extra}{(torch.version.cuda or "13").split(".")[0]}]"'

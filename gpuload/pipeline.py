@@ -222,7 +222,8 @@ class Pipeline:
                 shape = (len(draft.rows), *(image.shape or ()))
                 made = torch.empty(shape, dtype=image.dtype, memory_format=layout, device=self._side.device)
                 draft.columns[name], draft.made[name] = made, self._side.mark()
-            self._side.after(draft.made.get(name))
+            if name in draft.made:  # not a list
+                self._side.share(draft.columns[name], draft.made[name])
             return draft.columns[name]
 
     @span("gpuload.decode")

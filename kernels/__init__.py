@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.errors import DeviceError
+from gpuload.errors import DeviceError, install
 
 from . import flags
 
@@ -143,6 +143,5 @@ def _cupy() -> Any:
     try:
         import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
-        line = f"pip install 'gpuload[cuda{(torch.version.cuda or '13').split('.')[0]}]'"
-        raise DeviceError(f"Expected CuPy to launch kernels on the GPU, got {error}. Do: {line}") from error
+        raise DeviceError(f"Expected CuPy to launch kernels on the GPU, got {error}. Do: {install('cuda')}") from error
     return cupy

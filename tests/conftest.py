@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,15 @@ import pyarrow as pa
 import pytest
 import torch
 from making import captions, encode, picture
+
+FOR_A_GPU = re.compile(r"mark\.gpu|\bdevice: str")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` files without such tests are not imported: a GPU machine may lack what the others need."""
+    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):
+        return None
+    return None if FOR_A_GPU.search(collection_path.read_text()) else True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

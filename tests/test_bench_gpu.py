@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+import venv
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import FOR_A_GPU
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TOY = ["--rows", "8", "--batch-sizes", "4,2", "--megapixels", "0.1,0.3", "--rounds", "1", "--seconds", "2"]
@@ -26,14 +28,32 @@ RUNS = [
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the benchmarks beside the tests")
 
 
-def test_the_script_writes_figures_for_every_case_and_says_what_is_missing(tmp_path: Path) -> None:
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a rented machine: the packages in a folder on PYTHONPATH, gpuload not among them."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if not entry.name.startswith(("gpuload", "__editable__", "_distutils_hack")):
+            (packages / entry.name).symlink_to(entry)
+    (packages / "sitecustomize.py").write_text("import sys; sys.modules['torchvision'] = None")  # a peer is missing
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    return {**os.environ, "PYTHON": python, "DEVICE": "cpu", "PYTHONPATH": str(packages)}
+
+
+def test_the_script_writes_figures_for_every_case_and_says_what_is_missing(
+    tmp_path: Path, bare: dict[str, str]
+) -> None:
     options = [*TOY, "--work", str(tmp_path / "work"), "--cases", ";".join([*RUNS, "torchvision decode_jpeg"])]
-    hidden = "import sys; sys.modules['torchvision'] = None"
-    (tmp_path / "sitecustomize.py").write_text(hidden)  # a peer that is missing leaves a line
-    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "PYTHONPATH": str(tmp_path)}
-    environment |= {"PYTEST_ADDOPTS": "--collect-only --ignore-glob=*_[a-h]*"}  # not all tests once more
-    command = ["bash", str(FOLDER / "gpu_all.sh"), str(tmp_path / "out"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    bare["PYTEST_ADDOPTS"] = "-k test_columns"  # not all tests once more
+    command = ["bash", str(FOLDER / "gpu_all.sh"), "out", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=bare, timeout=200, cwd=tmp_path)
+    assert done.stdout.startswith("gpuload is not installed"), done.stdout + done.stderr
+    assert "not compiled" not in done.stdout
+    tests = (tmp_path / "out" / "tests.txt").read_text()
+    assert "skipped" in tests.splitlines()[-1], tests
+    assert "error" not in tests.splitlines()[-1], tests
     assert "torchvision decode_jpeg: left out" in done.stdout, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert list(report["groups"]) == ["0.1 MP, batch 4", "0.1 MP, batch 2", "0.3 MP, batch 4"]
@@ -43,3 +63,8 @@ def test_the_script_writes_figures_for_every_case_and_says_what_is_missing(tmp_p
         assert found["kernel"].keys() == {"kernel_gb_s", "copy_gb_s"}
     assert report["machine"]["torch"]
     assert done.stdout.rstrip().endswith("┘")
+
+
+def test_no_gpu_test_is_in_a_file_that_dash_m_gpu_leaves_out(request: pytest.FixtureRequest) -> None:
+    found = {item.path for item in request.session.items if item.get_closest_marker("gpu")}
+    assert [path.name for path in found if not FOR_A_GPU.search(path.read_text())] == []

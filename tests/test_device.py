@@ -159,8 +159,9 @@ class NotedSide:
             self.notes.append(("mark", self.count))
             return self.count
 
-    def after(self, event: int) -> None:
-        self.notes.append(("after", event))
+    def share(self, tensor: torch.Tensor, event: int) -> None:
+        assert tensor.dim() == 4
+        self.notes.append(("share", event))
 
     def upload(self, columns: dict[str, Any]) -> int:
         assert not {"image", "other"} & columns.keys()
@@ -206,7 +207,7 @@ def test_on_a_gpu_large_batches_are_cut_and_slices_wait_for_the_memory(
     (batch,) = dataset
     ((_, events),) = [note for note in noted if note[0] == "hand over"]
     assert len(events) > 5
-    waited = [event for what, event in noted if what == "after"]
+    waited = [event for what, event in noted if what == "share"]
     assert len(waited) == len(events) - 1, "every slice of pixels came after the allocation"
     assert len(set(waited)) == 1
     assert waited[0] not in events
@@ -303,6 +304,15 @@ def test_the_consumers_stream_waits_for_every_event_and_memory_is_kept_for_it(cu
     assert current[0].done == [("wait", event) for event in events]
     for tensor in (columns["one"], *columns["many"]):
         assert tensor.streams == [current[0]]  # type: ignore[union-attr]
+
+
+def test_memory_is_kept_for_every_stream_that_writes_to_it(current: list[Stream]) -> None:
+    side, other, memory = device.Side(CUDA), Stream(), on_cuda()
+    made = side.mark()
+    current.append(other)
+    side.share(memory, made)
+    assert other.done == [("wait", made)]
+    assert memory.streams == [other]
 
 
 def test_what_is_no_image_goes_up_through_pinned_memory_on_a_stream_of_its_own(

@@ -26,7 +26,7 @@ from gpuload.columns import Views
 from gpuload.decode.arena import Lane, Slot
 from gpuload.decode.header import ends, orientation, sniff
 from gpuload.decode.lanes import LaneDecoder
-from gpuload.errors import DeviceError
+from gpuload.errors import DeviceError, install
 
 _PLAIN = ("L", "LA", "P", "RGB", "RGBA", "1")  # Pillow's words for eight bits or fewer a sample
 _KINDS = ("JPEG", "PNG", "BMP", "WEBP")  # it reads more, but scales 16-bit samples where Pillow takes the high byte
@@ -186,8 +186,6 @@ def _import() -> tuple[Any, Any, Any]:
         names = ("nvidia.dali.fn", "nvidia.dali.types", "nvidia.dali.pipeline")
         fn, types, pipeline = (importlib.import_module(name) for name in names)
     except ImportError as error:
-        cuda = (torch.version.cuda or "13").split(".")[0]
-        raise DeviceError(
-            f'Expected DALI for decoder="dali", got {error}. Do: pip install "gpuload[dali{cuda}]", or decoder="cpu".'
-        ) from error
+        line = install("dali")
+        raise DeviceError(f'Expected DALI for decoder="dali", got {error}. Do: {line}, or decoder="cpu".') from error
     return fn, types, pipeline.Pipeline

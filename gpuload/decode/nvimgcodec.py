@@ -24,7 +24,7 @@ from gpuload.decode import Memory
 from gpuload.decode.arena import Lane, Slot
 from gpuload.decode.header import ends, orientation
 from gpuload.decode.lanes import LaneDecoder
-from gpuload.errors import DeviceError
+from gpuload.errors import DeviceError, install
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
 _KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`
@@ -84,7 +84,8 @@ class NvImageCodecDecoder(LaneDecoder):
         kinds = nv.BackendKind  # without CPU_ONLY: a missing libnvjpeg must not become silent decoding on the host
         backends = [nv.Backend(kinds.GPU_ONLY), nv.Backend(kinds.HYBRID_CPU_GPU)]
         if self._load > 0:
-            backends.insert(0, nv.Backend(kinds.HW_GPU_ONLY, load_hint=self._load))
+            policy = nv.LoadHintPolicy.FIXED  # the same batch again gives the same pixels
+            backends.insert(0, nv.Backend(kinds.HW_GPU_ONLY, load_hint=self._load, load_hint_policy=policy))
         options = f":fancy_upsampling={int(self._parity)}"
         index = self.device.index or 0
         tool = nv.Decoder(device_id=index, max_num_cpu_threads=self._workers, backends=backends, options=options)
@@ -102,10 +103,9 @@ class NvImageCodecDecoder(LaneDecoder):
             (image,) = self._decode_to(lane, [self._nv.CodeStream(view)], [(arena.data_ptr(), (64, 64, 3))])
         lane.stream.synchronize()
         if image is None:
-            cuda = (torch.version.cuda or "13").split(".")[0]
             raise DeviceError(
                 f"Expected nvImageCodec to decode a JPEG file on {self.device}, got nothing: nvJPEG is missing or does "
-                f'not fit the driver. Do: pip install "gpuload[cuda{cuda}]", or decoder="cpu".'
+                f'not fit the driver. Do: {install("cuda")}, or decoder="cpu".'
             )
 
     def _claim(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
@@ -160,8 +160,6 @@ def _import() -> Any:
     try:
         return importlib.import_module("nvidia.nvimgcodec")
     except ImportError as error:
-        cuda = (torch.version.cuda or "13").split(".")[0]
         raise DeviceError(
-            f'Expected nvImageCodec for decoder="nvimgcodec", got {error}. Do: pip install "gpuload[cuda{cuda}]", or '
-            'decoder="cpu".'
+            f'Expected nvImageCodec for decoder="nvimgcodec", got {error}. Do: {install("cuda")}, or decoder="cpu".'
         ) from error
