@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -210,6 +211,69 @@ def test_dali_orders_its_outputs_on_the_lanes_stream(monkeypatch: pytest.MonkeyP
     lane.stream = SimpleNamespace(cuda_stream=77)
     assert len(decoder._decode_part(lane, [view(jpeg()), view(jpeg())])) == 2
     assert given == [77]
+
+
+class Given:
+    """Stands for nvImageCodec on a GPU: notes how a Decoder is made and what it is called with."""
+
+    def __init__(self, real: Any, result: Any) -> None:
+        self.real, self.result, self.made, self.called = real, result, dict[str, Any](), dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def Backend(self, kind: Any, **options: Any) -> Any:
+        self.real.Backend(kind, **options)  # it must know the words
+        return kind, options
+
+    def Decoder(self, **options: Any) -> Any:
+        self.made = options
+        return self
+
+    def as_images(self, memory: list[Any], cuda_stream: int) -> list[Any]:
+        self.called = {"memory": [m.__cuda_array_interface__ for m in memory], "images on": cuda_stream}
+        return memory
+
+    def decode(self, streams: list[Any], images: list[Any], params: Any, cuda_stream: int) -> list[Any]:
+        self.called |= {"decode on": cuda_stream, "turned": params.apply_exif_orientation}
+        return [self.result] * len(streams)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, **options: Any) -> tuple[NvImageCodecDecoder, Given]:
+    """A decoder that takes itself to be on cuda:1, on a lane of stand-ins."""
+    decoder = NvImageCodecDecoder(CPU, LIMIT, 8, calls=2, **options)
+    given = decoder._nv = Given(decoder._nv, result)
+    decoder.device = torch.device("cuda", 1)
+    stream = FakeStream()
+    stream.cuda_stream = 77  # type: ignore[attr-defined]
+    monkeypatch.setattr("gpuload.decode.nvimgcodec.Lane", lambda device, tool: Lane(CPU, tool, stream))
+    return decoder, given
+
+
+@pytest.mark.parametrize(("parity", "kinds"), [(False, ["HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU"]),
+                                               (True, ["GPU_ONLY", "HYBRID_CPU_GPU"])])  # fmt: skip
+def test_on_a_gpu_it_is_told_which_backends_and_never_the_host(
+    parity: bool, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, given = on_a_gpu(monkeypatch, object(), parity=parity, hardware_load=0.4)
+    lane = decoder._lane()
+    assert [kind.name for kind, _ in given.made["backends"]] == kinds
+    if not parity:
+        policy = given.real.LoadHintPolicy.FIXED
+        assert given.made["backends"][0][1] == {"load_hint": 0.4, "load_hint_policy": policy}
+    assert given.made["options"] == f":fancy_upsampling={int(parity)}"
+    assert (given.made["device_id"], given.made["max_num_cpu_threads"]) == (1, min(4, (os.cpu_count() or 2) - 1))
+    (memory,) = given.called.pop("memory")
+    assert (memory["shape"], memory["typestr"]) == ((64, 64, 3), "|u1")
+    assert memory["data"][0] == lane._slots[-1].arena(0).data_ptr()
+    assert given.called == {"images on": 77, "decode on": 77, "turned": False}
+    assert lane.stream.log[-1] == "wait all", "the probe's result is known before anything else is decoded"
+
+
+def test_a_gpu_without_nvjpeg_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _ = on_a_gpu(monkeypatch, None)
+    with pytest.raises(DeviceError, match=r'cuda:1, got nothing: nvJPEG is missing.*pip install "gpuload\[cuda13\]"'):
+        decoder.decode([view(jpeg())])
 
 
 # The ring's protocol, with stand-ins for CUDA's streams and events.
