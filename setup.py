@@ -17,7 +17,7 @@ resize = Extension(
 jpeg = Extension(
     "gpuload.kernels._jpeg",
     sources=["kernels/jpeg_region.cpp"],
-    depends=["kernels/flags.py"],
+    depends=["kernels/jpeg_huffman.h", "kernels/flags.py"],
     language="c++",
     extra_compile_args=[*flags, "-g0"],
     optional=True,

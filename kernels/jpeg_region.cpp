@@ -1,7 +1,7 @@
 // Decodes only the pixels that a crop needs, with the libjpeg-turbo that Pillow brings, through a C interface for ctypes
 // (so callers hold no GIL). Rows above the window are only entropy-decoded, columns beside it are not transformed,
 // rows below it are not read; what is inside equals a whole decode bit for bit. The library is given at run time: there
-// is nothing to link with, and no header to have.
+// is nothing to link with, and no header to have. Of baseline files jpeg_huffman.h decodes the coefficients.
 //
 // gpuload_jpeg_open(path)         0 if the library at `path` has libjpeg 6.2's interface and the calls used here
 // gpuload_jpeg_read(parts, n)     decodes each Part; its status says how that went
@@ -11,6 +11,8 @@
 
 #if defined(__LP64__) && (defined(__linux__) || defined(__APPLE__))
 #include <dlfcn.h>
+
+#include "jpeg_huffman.h"
 
 namespace {
 
@@ -23,7 +25,7 @@ struct Part {                // PART of gpuload/decode/region.py
   int32_t channels;          // 1 gray, 3 RGB
   int32_t eighths;           // scale: 8 is the image's own size; 4, 2, 1 halve it again and again in the DCT
   int32_t status;            // 0 decoded, 1 not a JPEG this can read, or anything wrong with it: decode it otherwise
-  int32_t reserved;
+  int32_t theirs;            // 1: libjpeg is to decode the coefficients; leaves as who did
 };
 
 // libjpeg's binary interface, version 6.2 on LP64: the members used here, at their places.
@@ -38,9 +40,25 @@ struct Common {
   void *mem, *progress, *client_data;
   int is_decompressor, global_state;
 };
+struct Decompress;
+struct Source {
+  const unsigned char* next_input_byte;
+  size_t bytes_in_buffer;
+};
+struct Component {
+  int begin[4], quant_tbl_no, dc_tbl_no, ac_tbl_no;
+  char rest[96 - 28];
+};
+struct Quantization {
+  unsigned short values[64];
+};
+struct Entropy {
+  void* start_pass;
+  int (*decode_mcu)(Decompress*, short (**)[64]);
+};
 struct Decompress {
   Common common;
-  void* src;
+  Source* src;
   unsigned image_width, image_height;
   int num_components, jpeg_color_space, out_color_space;
   unsigned scale_num, scale_denom;
@@ -49,10 +67,29 @@ struct Decompress {
   unsigned output_width, output_height;
   int out_color_components, output_components, rec_outbuf_height, actual_number_of_colors;
   void* colormap;
-  unsigned output_scanline;
-  char rest[632 - 172];
+  unsigned output_scanline, counters[4];
+  void* coef_bits;
+  Quantization* quantization[4];
+  huffman::Spec *dc[4], *ac[4];
+  int data_precision;
+  Component* comp_info;
+  int progressive_mode, arith_code;
+  unsigned char arithmetic[48];
+  unsigned restart_interval;
+  char markers[432 - 372];
+  int comps_in_scan;
+  Component* cur_comp_info[4];
+  unsigned MCUs_per_row, MCU_rows_in_scan;
+  int blocks_in_MCU, MCU_membership[10];
+  char rest[592 - 524];
+  Entropy* entropy;
+  void* last[4];
 };
-static_assert(sizeof(Decompress) == 632 && offsetof(Decompress, output_scanline) == 168, "libjpeg 6.2 on LP64");
+static_assert(sizeof(Decompress) == 632 && offsetof(Decompress, output_scanline) == 168 &&
+                  offsetof(Decompress, dc) == 232 && offsetof(Decompress, progressive_mode) == 312 &&
+                  offsetof(Decompress, restart_interval) == 368 && offsetof(Decompress, comps_in_scan) == 432 &&
+                  offsetof(Decompress, blocks_in_MCU) == 480 && offsetof(Decompress, entropy) == 592,
+              "libjpeg 6.2 on LP64");
 const int GRAY = 1, RGB = 2, VERSION = 62, ROWS = 8;
 
 struct Library {
@@ -74,10 +111,14 @@ void complain(Common* state, int level) {
   if (level < 0) give_up(state);  // a warning: corrupt data
 }
 
+int decode_mcu(Decompress* state, short (**blocks)[64]);
+
 struct Decoder {  // one a thread, kept: its tables are as large as a small image
   Decompress state{};
   Errors errors{};
   jmp_buf back;
+  huffman::Scan scan;
+  int (*theirs)(Decompress*, short (**)[64]) = nullptr;
   bool made = false;
 
   bool make() {
@@ -94,10 +135,18 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
     part.status = 1;
     if (setjmp(back)) return jpeg.abort(&state);
     jpeg.memory(&state, part.data, (unsigned long)part.size);
+    forget();
     jpeg.header(&state, 1);
+    for (int i = 0; i < state.num_components; ++i) {
+      const int table = state.comp_info[i].quant_tbl_no;
+      if (table < 0 || table > 3 || !state.quantization[table] || !state.quantization[table]->values[0])
+        return jpeg.abort(&state);
+    }
     state.out_color_space = part.channels == 1 ? GRAY : RGB;
     state.scale_num = part.eighths, state.scale_denom = 8;
     jpeg.start(&state);
+    if (!part.theirs && baseline()) state.entropy->decode_mcu = decode_mcu;
+    else part.theirs = 1;
     unsigned x = part.x, w = part.w, y = part.y, end = y + part.h;
     if (x + w > state.output_width || end > state.output_height || state.output_components != part.channels)
       return jpeg.abort(&state);
@@ -115,10 +164,46 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
     part.x = (int32_t)x, part.w = (int32_t)w, part.status = 0;
   }
 
+  // libjpeg keeps the tables of one file for the next, which may lack them: a table of nothing is no table of another.
+  void forget() {
+    for (int i = 0; i < 4; ++i) {
+      if (state.dc[i]) *state.dc[i] = huffman::Spec{};
+      if (state.ac[i]) *state.ac[i] = huffman::Spec{};
+      if (state.quantization[i]) *state.quantization[i] = Quantization{};
+    }
+  }
+
+  // Whether our own Huffman decoder is ready for the scan that begins.
+  bool baseline() {
+    if (state.entropy->decode_mcu != theirs) {  // proves once that it is where it is thought to be
+      Dl_info ours, found;
+      if (!dladdr((void*)state.entropy->decode_mcu, &found) || !dladdr((void*)jpeg.start, &ours)) return false;
+      if (found.dli_fbase != ours.dli_fbase) return false;
+      theirs = state.entropy->decode_mcu;
+    }
+    if (state.progressive_mode || state.arith_code || state.data_precision != 8) return false;
+    if (state.comps_in_scan != state.num_components || state.blocks_in_MCU > 10) return false;
+    scan.blocks = state.blocks_in_MCU, scan.interval = (int)state.restart_interval;
+    for (int i = 0; i < scan.blocks; ++i) {
+      const int c = scan.component[i] = state.MCU_membership[i];
+      const int dc = state.cur_comp_info[c]->dc_tbl_no, ac = state.cur_comp_info[c]->ac_tbl_no;
+      if (!state.dc[dc] || !state.ac[ac]) return false;
+      if (!scan.dc[dc].make(*state.dc[dc]) || !scan.ac[ac].make(*state.ac[ac])) return false;
+      scan.dc_of[i] = &scan.dc[dc], scan.ac_of[i] = &scan.ac[ac];
+    }
+    return scan.begin(state.src->next_input_byte, state.src->bytes_in_buffer);
+  }
+
   ~Decoder() {
     if (made) jpeg.destroy(&state);
   }
 };
+
+int decode_mcu(Decompress* state, short (**blocks)[64]) {
+  huffman::Scan& scan = ((Decoder*)state)->scan;  // its first member
+  if (!(blocks ? scan.mcu<true>(blocks) : scan.mcu<false>(blocks))) give_up(&state->common);
+  return 1;
+}
 
 Decoder& decoder() {
   static thread_local Decoder found;

@@ -68,6 +68,75 @@ def test_a_window_equals_the_same_place_of_a_whole_decode(
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=2e-6)  # float32 weights of shifted coordinates
 
 
+def read(data: bytes, window: tuple[int, int, int, int], channels: int, eighths: int, theirs: bool) -> tuple[Any, Any]:
+    """The part and its pixels, the coefficients decoded by libjpeg or by our own reader."""
+    parts, source = np.zeros(1, region.PART), view(data)
+    out = np.zeros((window[2] + region.BLOCK) * window[3] * channels, np.uint8)
+    parts["data"], parts["size"] = source.ctypes.data, len(source)
+    parts["out"], parts["room"] = out.ctypes.data, len(out)
+    for name, value in zip("xywh", window, strict=True):
+        parts[name] = value
+    parts["channels"], parts["eighths"], parts["theirs"] = channels, eighths, theirs
+    region.read(parts)
+    return parts[0], out
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_damaged_file_is_decoded_as_by_libjpeg_or_left_to_it(data: st.DataObject) -> None:
+    draw = data.draw
+    kind = {"quality": draw(st.sampled_from([5, 75, 100])), **draw(st.sampled_from(_KINDS))}
+    height, width = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    gray = kind.pop("mode", "RGB") == "L"
+    file = bytearray(encode(picture(height, width, seed=width, mode="L" if gray else "RGB"), "JPEG", **kind))
+    start = file.find(b"\xff\xda")
+    for _ in range(draw(st.integers(0, 3))):
+        at, new = draw(st.integers(start, len(file) - 1)), draw(st.binary(max_size=3))
+        file[at : at + draw(st.integers(0, 20))] = new
+        if len(file) <= start:
+            break
+    eighths = draw(st.sampled_from([8, 8, 4, 1]))
+    h, w = (-(size * eighths // -8) for size in (height, width))
+    x, y = draw(st.integers(0, w - 1)), draw(st.integers(0, h - 1))
+    window = (x, y, draw(st.integers(1, w - x)), draw(st.integers(1, h - y)))
+    ours, got = read(bytes(file), window, 1 if gray else 3, eighths, theirs=False)
+    part, want = read(bytes(file), window, 1 if gray else 3, eighths, theirs=True)
+    if ours["status"] == 0:
+        assert part["status"] == 0
+        np.testing.assert_array_equal(got, want)
+
+
+def test_our_own_reader_decodes_every_baseline_file_of_one_scan() -> None:
+    for kind in _KINDS:
+        options = {**kind}
+        pixels = picture(50, 70, mode=options.pop("mode", "RGB"))
+        part, _ = read(encode(pixels, "JPEG", **options), (3, 5, 40, 30), 3 if pixels.mode == "RGB" else 1, 8, False)
+        assert (part["status"], part["theirs"]) == (0, "progressive" in kind)
+
+
+def without(file: bytes, marker: int) -> bytes:
+    """The file without the segments of one kind."""
+    kept, at = file[:2], 2
+    while True:
+        end = at + 2 + (file[at + 2] << 8 | file[at + 3])
+        if file[at + 1] == 0xDA:
+            return kept + file[at:]
+        kept += b"" if file[at + 1] == marker else file[at:end]
+        at = end
+
+
+@pytest.mark.parametrize(("marker", "tables"), [(0xC4, "Huffman"), (0xDB, "quantization")])
+def test_a_file_without_tables_does_not_get_those_of_the_file_before(marker: int, tables: str) -> None:
+    whole = encode(picture(40, 40), "JPEG", quality=60, optimize=True)
+    broken = without(whole, marker)
+    decoder = CpuDecoder()
+    together = decoder.decode([view(whole), view(broken)], crop=crop([[0, 0, 40, 40]] * 2, (8, 8)))
+    alone = CpuDecoder().decode([view(broken)])
+    assert together.errors.keys() == {i + 1 for i in alone.errors}, f"what is decoded with no {tables} tables"
+    if not alone.errors:
+        np.testing.assert_array_equal(together.pixels(1).numpy(), alone.pixels(0).numpy())
+
+
 def test_less_is_decoded_than_the_whole() -> None:
     ragged = CpuDecoder().decode([view(jpeg(400, 600))], crop=crop([300, 200, 50, 40], (25, 20)))
     assert ragged.table["height"][0] <= 40 + 2 * (2 + 3)

@@ -31,7 +31,7 @@ PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
         ("channels", np.int32),
         ("eighths", np.int32),
         ("status", np.int32),
-        ("reserved", np.int32),
+        ("theirs", np.int32),
     ]
 )
 _MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
