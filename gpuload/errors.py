@@ -12,8 +12,6 @@ GpuloadError
 
 from __future__ import annotations
 
-import torch
-
 
 class GpuloadError(Exception):
     """Base of every error this package raises on purpose."""
@@ -81,4 +79,6 @@ def expect_counts(least: int = 1, **counts: object) -> None:
 
 def install(extra: str) -> str:
     """The pip line for ``"cuda"`` or ``"dali"``, with the number of the CUDA that torch was built for, else 13."""
+    import torch  # here, for the command line's sake, which imports this file before anything heavy
+
     return f'pip install "gpuload[{extra}{(torch.version.cuda or "13").split(".")[0]}]"'

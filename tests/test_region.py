@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from making import by_pillow, encode, jpeg, picture
 
 from gpuload import Image
-from gpuload.decode import Crop, region
+from gpuload.decode import IMAGE_ROW, Crop, Ragged, region
 from gpuload.decode.cpu import CpuDecoder
 from gpuload.resize import resize_normalize
 
@@ -37,35 +39,66 @@ def crop(regions: Any, size: tuple[int, int], fast: bool = False) -> Crop:
     return Crop(lambda h, w: (box.copy(), np.zeros(len(box), np.bool_)), size, fast)
 
 
-@settings(deadline=None, max_examples=150)
+def by_pillow_whole(data: bytes, orientation: int = 1) -> Ragged:
+    """The whole image by Pillow, as a decoder would lend it."""
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    table = np.zeros(1, IMAGE_ROW)
+    height, width, channels = pixels.shape
+    table[0] = (0, width * channels, height, width, channels, orientation)
+    return Ragged(torch.from_numpy(pixels.reshape(-1).copy()), table)
+
+
+@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(_KINDS), st.integers(1, 140), st.integers(1, 140), st.tuples(*[st.floats(0, 1)] * 4),
-    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(1, 8),
 )  # fmt: skip
 def test_a_window_equals_the_same_place_of_a_whole_decode(
-    kind: dict[str, Any], height: int, width: int, place: tuple[float, ...], size: tuple[int, int]
+    kind: dict[str, Any], height: int, width: int, place: tuple[float, ...], size: tuple[int, int], orientation: int
 ) -> None:
     options = {**kind}
     pixels = picture(height, width, seed=height, mode=options.pop("mode", "RGB"))
-    data = encode(pixels, "JPEG", quality=80, **options)
-    w, h = max(1e-3, place[2] * width), max(1e-3, place[3] * height)
-    box = [place[0] * (width - w), place[1] * (height - h), w, h]
+    data = encode(pixels, "JPEG", orientation, quality=80, **options)
+    whole = by_pillow_whole(data, orientation)
+    (tall,), (wide,) = whole.sizes()
+    w, h = max(1e-3, place[2] * wide), max(1e-3, place[3] * tall)
+    box = [place[0] * (wide - w), place[1] * (tall - h), w, h]
     decoder = CpuDecoder()
     cut = decoder.decode([view(data)], crop=crop(box, size))
     assert decoder.counts()["libjpeg-turbo"] == 1
-    got, (x, y) = cut.pixels(0).numpy().copy(), box[:2]
-    left, top = round(x - cut.regions[0, 0]), round(y - cut.regions[0, 1])  # type: ignore[attr-defined]
-    whole = decoder.decode([view(data)]).pixels(0).numpy()
-    want = whole[top : top + got.shape[0], left : left + got.shape[1]]
-    inner = (slice(None), slice(1 if left else 0, -1 if left + got.shape[1] < width else None))
-    np.testing.assert_array_equal(got[inner], want[inner])
+    assert cut.regions is not None
+    if orientation == 1:
+        got = cut.pixels(0).numpy()
+        left, top = round(box[0] - cut.regions[0, 0]), round(box[1] - cut.regions[0, 1])
+        want = whole.pixels(0).numpy()[top : top + got.shape[0], left : left + got.shape[1]]
+        inner = (slice(None), slice(1 if left else 0, -1 if left + got.shape[1] < width else None))
+        np.testing.assert_array_equal(got[inner], want[inner])
     # and through the resize: the columns that a cut spoils are never looked at
     image, flips = Image(size), np.zeros(1, np.bool_)
     outs = [torch.empty(1, 3, *size) for _ in range(2)]
-    cut = decoder.decode([view(data)], crop=crop(box, size))
-    resize_normalize(cut, cut.regions, flips, image, outs[0])  # type: ignore[attr-defined]
-    resize_normalize(decoder.decode([view(data)]), np.array([box]), flips, image, outs[1])
+    resize_normalize(cut, cut.regions, flips, image, outs[0])
+    resize_normalize(whole, np.array([box]), flips, image, outs[1])
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=2e-6)  # float32 weights of shifted coordinates
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_without_a_crop_the_whole_is_pillows(kind: dict[str, Any]) -> None:
+    options = {**kind}
+    data = encode(picture(61, 83, mode=options.pop("mode", "RGB")), "JPEG", 6, **options)
+    decoder = CpuDecoder()
+    ragged = decoder.decode([view(data)])
+    assert decoder.counts()["libjpeg-turbo"] == 1
+    assert ragged.table["orientation"][0] == 6
+    np.testing.assert_array_equal(ragged.pixels(0).numpy(), by_pillow_whole(data).pixels(0).numpy())
+
+
+def test_turning_regions_and_back_is_nothing() -> None:
+    generator, orientations = np.random.default_rng(0), np.arange(1, 9, dtype=np.int32)
+    regions, sizes = generator.uniform(0, 50, (8, 4)), np.full(8, 100)
+    there = region.turned(regions, orientations, sizes, sizes + 20)
+    np.testing.assert_allclose(region.turned(there, orientations, sizes, sizes + 20, back=True), regions)
 
 
 def read(data: bytes, window: tuple[int, int, int, int], channels: int, eighths: int, theirs: bool) -> tuple[Any, Any]:
@@ -156,14 +189,14 @@ def test_a_file_cut_below_the_crop_is_still_an_error_and_others_are_unharmed() -
 def test_what_libjpeg_warns_about_and_what_is_no_jpeg_is_decoded_whole() -> None:
     whole = jpeg(64, 64, seed=3)
     garbled = whole[:200] + b"\xff\x00\xff" + whole[203:]
-    files = [whole, encode(picture(30, 40), "PNG"), encode(picture(30, 40), "JPEG", orientation=6), garbled]
+    files = [whole, encode(picture(30, 40), "PNG"), whole, garbled]
     decoder = CpuDecoder()
     ragged = decoder.decode([view(data) for data in files], crop=crop([[2, 2, 20, 20]] * 4, (10, 10)))
     assert decoder.counts()["libjpeg-turbo"] >= 1
     assert decoder.counts()["pillow"] >= 1
     np.testing.assert_array_equal(ragged.pixels(1).numpy(), by_pillow(files[1]).transpose(1, 2, 0))
-    np.testing.assert_array_equal(ragged.pixels(2).numpy(), by_pillow(files[2], orient=False).transpose(1, 2, 0))
-    np.testing.assert_array_equal(ragged.regions[1], [2, 2, 20, 20])  # type: ignore[attr-defined]
+    assert list(ragged.errors) == [3], "Pillow has the last word, and it refuses"
+    np.testing.assert_array_equal(ragged.regions[1], [2, 2, 20, 20])  # type: ignore[index]
 
 
 def test_fast_halves_large_images_and_stays_near() -> None:

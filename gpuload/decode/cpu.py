@@ -44,17 +44,16 @@ class CpuDecoder:
     ) -> Ragged:
         """One ragged arena with every image that could be decoded, overwritten by this thread's next call.
 
-        With `crop`, JPEGs are decoded no further than it needs.
+        With `crop`, JPEGs are decoded no further than it needs; its regions become those within what was decoded.
         """
         table = np.zeros(len(views), IMAGE_ROW)
         errors: dict[int, DecodeError] = {}
         decoded = self._host.measure(table, range(len(views)), views, orient, errors)
-        ragged, used, left = Ragged(_NOTHING, table, errors), 0, np.arange(len(views))
+        ragged = Ragged(_NOTHING, table, errors)
         if crop is not None:
             heights, widths = ragged.sizes()
-            regions, flips = crop.regions(np.maximum(heights, 1), np.maximum(widths, 1))
-            ragged.regions, ragged.flips = regions, flips
-            used, left = self._windows(views, decoded, table, regions, crop)
+            ragged.regions, ragged.flips = crop.regions(np.maximum(heights, 1), np.maximum(widths, 1))
+        used, left = self._windows(views, decoded, table, ragged.regions, crop)
         arena = self._arena(lay_out(table, left, used), keep=used)
         self._host.fill(arena, table["offset"], table, left.tolist(), decoded, views, errors)
         self._host.count("failed", len(errors))
@@ -73,20 +72,27 @@ class CpuDecoder:
         views: list[Any],
         decoded: dict[int, Any],
         table: NDArray[np.void],
-        regions: NDArray[np.float64],
-        crop: Crop,
+        regions: NDArray[np.float64] | None,
+        crop: Crop | None,
     ) -> tuple[int, NDArray[np.intp]]:
-        """Decode the windows of upright JPEGs; their `regions` become those within the windows.
+        """Decode the windows of JPEGs that a crop needs, all of them without one; put both into `table`, `regions`.
 
         Returns the bytes used, and which images are still to be decoded.
         """
         everything = np.arange(len(views))
-        usable = (table["height"] > 0) & (table["orientation"] == 1) & (region.library() is not None)
+        usable = (table["height"] > 0) & (region.library() is not None)
         which = np.array([i for i in everything[usable].tolist() if i not in decoded and ends(views[i])], np.intp)
         if not len(which):
             return 0, everything
         heights, widths = table["height"][which].astype(np.int64), table["width"][which].astype(np.int64)
-        parts, scaled = region.windows(heights, widths, regions[which], crop.size, crop.fast)
+        turns = table["orientation"][which]
+        if crop is None or regions is None:
+            whole = np.stack([np.zeros_like(widths), np.zeros_like(widths), widths, heights], axis=1)
+            parts, scaled = region.windows(heights, widths, whole.astype(np.float64), whole[:, 2:], False)
+        else:
+            stored = region.turned(regions[which], turns, heights, widths)
+            sizes = np.where((turns >= 5)[:, None], crop.size, crop.size[::-1])
+            parts, scaled = region.windows(heights, widths, stored, sizes, crop.fast)
         parts["channels"] = table["channels"][which]
         places = np.zeros(len(parts), IMAGE_ROW)  # as wide as the window may become
         places["pitch"], places["height"] = (parts["w"] + region.BLOCK) * parts["channels"], parts["h"]
@@ -95,15 +101,16 @@ class CpuDecoder:
         parts["out"], parts["room"] = self._arena(used).ctypes.data + places["offset"], places["pitch"] * parts["h"]
         region.read(parts)
         good = parts["status"] == 0
-        done, parts = which[good], parts[good]
+        done, parts, scaled = which[good], parts[good], scaled[good]
         table["offset"][done], table["height"][done], table["width"][done] = (
             places["offset"][good],
             parts["h"],
             parts["w"],
         )
         table["pitch"][done] = parts["w"] * parts["channels"]
-        regions[done] = scaled[good]
-        regions[done, :2] -= np.stack([parts["x"], parts["y"]], axis=1)
+        if regions is not None:
+            scaled[:, :2] -= np.stack([parts["x"], parts["y"]], axis=1)
+            regions[done] = region.turned(scaled, turns[good], parts["h"], parts["w"], back=True)
         self._host.count("libjpeg-turbo", len(done))
         return used, np.setdiff1d(everything, done)
 

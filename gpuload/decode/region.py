@@ -57,19 +57,21 @@ def windows(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
     regions: NDArray[np.float64],
-    size: tuple[int, int],
+    sizes: NDArray[np.int64],
     fast: bool,
 ) -> tuple[NDArray[np.void], NDArray[np.float64]]:
-    """What to decode of each image so that its region can be resized to `size` (height, width).
+    """What to decode of each image so that its region can be resized.
 
     Parameters
     ----------
     heights, widths : i64[N]
-        Of the whole images.
+        Of the whole images, as they are stored.
     regions : f64[N, 4]
-        x0, y0, width, height in pixels of the whole image.
+        x0, y0, width, height in pixels of the whole image, as it is stored.
+    sizes : i64[N, 2]
+        Width and height to resize to, as it is stored.
     fast : bool
-        Halve images in the DCT while the region stays as large as `size`.
+        Halve images in the DCT while the region stays as large as its size.
 
     Returns
     -------
@@ -81,17 +83,45 @@ def windows(
     parts = np.zeros(len(regions), PART)
     eighths = np.full(len(regions), 8)
     if fast:
-        needed = 8 * np.max(np.array([size[1], size[0]]) / regions[:, 2:], axis=1)
+        needed = 8 * np.max(sizes / regions[:, 2:], axis=1)
         eighths = _EIGHTHS[np.minimum(np.searchsorted(_EIGHTHS, needed), 3)]
     scaled = regions * (eighths / 8)[:, None]
     for axis, (first, extent) in enumerate((("x", "w"), ("y", "h"))):
         whole = -((widths, heights)[axis] * eighths // -8)
-        margin = np.maximum(1, scaled[:, 2 + axis] / (size[1], size[0])[axis]) + _MARGIN
+        margin = np.maximum(1, scaled[:, 2 + axis] / sizes[:, axis]) + _MARGIN
         low = np.maximum(0, np.floor(scaled[:, axis] - margin)).astype(np.int64)
         high = np.minimum(whole, np.ceil(scaled[:, axis] + scaled[:, 2 + axis] + margin).astype(np.int64))
         parts[first], parts[extent] = low, high - low
     parts["eighths"] = eighths
     return parts, scaled
+
+
+def turned(
+    regions: NDArray[np.float64],
+    orientations: NDArray[np.int32],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    *,
+    back: bool = False,
+) -> NDArray[np.float64]:
+    """Regions in pixels of images as a person sees them → of the images as they are stored; or `back`.
+
+    Parameters
+    ----------
+    regions : f64[N, 4]
+        x0, y0, width, height.
+    orientations : i32[N]
+        EXIF, 1 to 8.
+    heights, widths : i64[N]
+        Of the images as they are stored.
+    """
+    swapped = (orientations >= 5)[:, None]
+    found = regions if back else np.where(swapped, regions[:, [1, 0, 3, 2]], regions)
+    x, y, w, h = found.T
+    x = np.where(np.isin(orientations, (2, 3, 7, 8)), widths - x - w, x)
+    y = np.where(np.isin(orientations, (3, 4, 6, 7)), heights - y - h, y)
+    found = np.stack([x, y, w, h], axis=1)
+    return np.where(swapped, found[:, [1, 0, 3, 2]], found) if back else found
 
 
 def read(parts: NDArray[np.void]) -> None:
