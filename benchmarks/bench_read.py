@@ -75,4 +75,4 @@ CASES = {
 
 if __name__ == "__main__":
     arguments = {**data.ARGUMENTS, "version": "2.2", "batch_size": 128}
-    harness.main("read", CASES, arguments, lambda settings: data.dataset(settings, settings.version) and None)
+    harness.main("read-{version}", CASES, arguments, lambda settings: data.dataset(settings, settings.version) and None)

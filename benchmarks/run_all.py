@@ -29,7 +29,7 @@ def main() -> None:
     common += ["--images", settings.images] if settings.images else []
     chosen = settings.only.split(",")
     runs = [["bench_cpu.py", "--task", task] for task in TASKS] if "cpu" in chosen else []
-    runs += [["bench_read.py"]] if "read" in chosen else []
+    runs += [["bench_read.py", "--version", version] for version in ("2.0", "2.1", "2.2")] if "read" in chosen else []
     runs += [["bench_scaling.py", "--no-memory"]] if "scaling" in chosen else []
     for name, *options in runs:
         repeats = ["--repeats", str(settings.repeats)]
