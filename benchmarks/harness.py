@@ -2,8 +2,8 @@
 
 A benchmark file defines cases, name → function(settings) → job, and calls `main`. The function imports and prepares;
 only the job counts: it yields the number of rows of each batch. Each run is a process of its own, so that no case
-inherits another's allocator, threads or caches but the page cache. Peak memory comes from one more run, in which the
-shares (PSS) of the process and all its children are added up ten times a second.
+inherits another's allocator, threads or caches but the page cache, into which its data is read first. Peak memory comes
+from one more run, in which the shares (PSS) of the process and all its children are added up ten times a second.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -94,6 +95,8 @@ def arguments(options: dict[str, Any]) -> Any:
 def _once(case: Case, settings: Any) -> dict[str, Any]:
     try:
         job = case(settings)
+        if not getattr(job, "cold", False):
+            data.warm()
         before = sum(os.times()[:4])
         started, first, rows = time.perf_counter(), 0.0, 0
         for batch in job():

@@ -49,11 +49,14 @@ class Epochs:
     ) -> None:
         self._given, self._shuffle, self._granularity, self._ranks = given, shuffle, granularity, ranks
         self._seed, self._batch_size, self._projection = seed, batch_size, projection
-        shared = torch.zeros(2, dtype=torch.int64)
+        shared = torch.zeros(3, dtype=torch.int64)
         shared.share_memory_()  # type: ignore[no-untyped-call]
         self._epoch = shared[0]  # workers that persist see set_epoch
         self._elsewhere = shared[1]  # 1 while workers read this epoch, whose place nobody here knows
         self._told: int | None = None  # the epoch of the sampler that was given, when it was last looked at
+        self._times = shared[2]  # that an epoch was set, here or in the parent of this worker
+        self._loaded: int | None = None  # the epoch of a loaded place, until another is set or begun
+        self._times_then = 0  # when it was loaded
         self._position, self._resume = state.Position(), False
         self.sampler  # noqa: B018 - its words are checked now
 
@@ -63,25 +66,34 @@ class Epochs:
         return make_sampler(self._given, self._shuffle, self._granularity, *self._ranks.resolve(), self._seed)
 
     def now(self) -> int:
-        """The epoch that was set last, here or on the sampler that was given."""
+        """The epoch that was set or loaded last, here or on the sampler that was given."""
         told = getattr(self._given, "_epoch", None)
         if told is not None and told != self._told:  # also in a forked worker, which nobody prepared
-            self._told = told
+            self._told, self._loaded = told, None
             self._epoch.fill_(told)
-        return int(self._epoch)
+        return int(self._epoch) if self._loaded is None else self._loaded
 
     def set(self, epoch: int) -> None:
         """The epoch of the next iteration. Keeps a place loaded in it."""
         if hasattr(self._given, "set_epoch"):
             self._given.set_epoch(epoch)
             self._told = epoch
-        if epoch != int(self._epoch):
+        if epoch != self.now():
             self._elsewhere.fill_(0)
+        self._loaded = None
         self._epoch.fill_(epoch)
+        self._times.add_(1)
 
     def begin(self) -> state.Position:
-        """The place where an iteration starts: the loaded one, once, or the start of the epoch."""
+        """The place where an iteration starts: the loaded one, once, or the start of the epoch.
+
+        An epoch that was set before a place of an earlier one was loaded comes after it: torchdata's StatefulDataLoader
+        loads when it is iterated, after the loop's `set_epoch`, and goes past the end of an epoch by iterating again.
+        """
         check_wrappers(getattr(self.sampler, "world_size", 1))
+        if self._loaded is not None and not self._resume:
+            late = int(self._times) != self._times_then
+            self.set(int(self._epoch) if late else max(self._loaded, int(self._epoch)))
         epoch = self.now()
         self._elsewhere.fill_(get_worker_info() is not None)
         if not self._resume or self._position.epoch != epoch:
@@ -144,7 +156,8 @@ class Epochs:
         worker = get_worker_info() is not None
         identity = self._identity(source, sampler)
         position = state.restore(saved, identity, sampler.world_size, sampler.elastic, worker)
-        self.set(position.epoch)
+        self.now()  # what the given sampler was told before is older than this
+        self._loaded, self._times_then = position.epoch, int(self._times)
         self._elsewhere.fill_(0)
         self._position, self._resume = position, True
 

@@ -187,7 +187,7 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
     for (int i = 0; i < scan.blocks; ++i) {
       const int c = scan.component[i] = state.MCU_membership[i];
       const int dc = state.cur_comp_info[c]->dc_tbl_no, ac = state.cur_comp_info[c]->ac_tbl_no;
-      if (!state.dc[dc] || !state.ac[ac]) return false;
+      if (dc < 0 || dc > 3 || ac < 0 || ac > 3 || !state.dc[dc] || !state.ac[ac]) return false;
       if (!scan.dc[dc].make(*state.dc[dc]) || !scan.ac[ac].make(*state.ac[ac])) return false;
       scan.dc_of[i] = &scan.dc[dc], scan.ac_of[i] = &scan.ac[ac];
     }

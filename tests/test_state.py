@@ -473,6 +473,49 @@ def test_a_stateful_data_loader_goes_on(rows: Any, steps: int) -> None:
 
 
 @TORCHDATA
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_the_epoch_after_a_saved_end_is_the_one_that_the_loop_sets(
+    rows: Any, workers: int, persistent: bool, quick: Any
+) -> None:
+    """A checkpoint at the end of an epoch, the place where most are made; the loop goes on with the next."""
+
+    def loader() -> StatefulDataLoader:
+        dataset = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2), device="cpu")
+        context = quick if workers else None
+        options = {"num_workers": workers, "persistent_workers": persistent, "multiprocessing_context": context}
+        return StatefulDataLoader(dataset, batch_size=None, **options)
+
+    expected = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2))
+    first = loader()
+    first.dataset.set_epoch(4)
+    assert len(list(first)) == 26
+    state = reopened(first.state_dict())
+    resumed = loader()
+    resumed.load_state_dict(state)
+    for epoch in (5, 6):
+        resumed.dataset.set_epoch(epoch)
+        expected.set_epoch(epoch)
+        assert all(same(a, b) for a, b in zip(list(resumed), list(expected), strict=True)), epoch
+
+
+def test_a_place_loaded_after_set_epoch_is_where_the_next_iteration_starts(rows: Any) -> None:
+    def dataset(epoch: int) -> LanceDataset:
+        made = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2))
+        made.set_epoch(epoch)
+        return made
+
+    whole, other, third = dataset(3), dataset(7), dataset(0)
+    state = take(whole, 5) and whole.state_dict()
+    expected = list(dataset(3))
+    for late in (other, third):
+        late.load_state_dict(state)
+        assert late.state_dict()["epoch"] == 3
+        assert all(same(a, b) for a, b in zip(list(late), expected[5:], strict=True))
+    assert all(same(a, b) for a, b in zip(list(third), expected, strict=True)), "no other epoch was set"
+    assert all(same(a, b) for a, b in zip(list(other), list(dataset(7)), strict=True)), "set before, begun after"
+
+
+@TORCHDATA
 def test_a_stateful_data_loader_with_workers_goes_on(rows: Any) -> None:
     expected = list(LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2)))
     loader = stateful(rows, 2, "spawn")

@@ -1,0 +1,48 @@
+"""Scattered runs of neighbouring rows, read by Lance's `take` and by its `take_scan`: where one passes the other.
+
+The ratio is to `take`, by the length of a run; `source._SCAN_RUN` is chosen by it. Nothing is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import data
+import harness
+import numpy as np
+from bench_read import touch
+
+LENGTHS = (1, 2, 4, 8, 16, 64)
+
+
+def runs(length: int, scan: bool) -> harness.Case:
+    """Batches made of runs of `length` rows in a random order; the last incomplete one is left out."""
+
+    def case(settings: Any) -> harness.Job:
+        from gpuload import source
+
+        source._SCAN_RUN = 1 if scan else settings.rows + 1
+        dataset = source.Source(data.dataset(settings, settings.version), columns=["image"])
+        starts = np.random.default_rng(0).permutation(dataset.rows // length) * length
+        many = max(1, settings.batch_size // length)
+
+        def job() -> Iterator[int]:
+            for k in range(0, len(starts) - many + 1, many):
+                first = starts[k : k + many]
+                yield touch(dataset.read(np.stack([first, first + length], axis=1)).column("image"))
+
+        return job
+
+    return case
+
+
+CASES = {
+    f"{length} rows a run: {name}": runs(length, scan)
+    for length in LENGTHS
+    for name, scan in (("take", False), ("take_scan", True))
+}
+
+if __name__ == "__main__":
+    arguments = {**data.ARGUMENTS, "version": "2.2", "batch_size": 128}
+    harness.main("runs-{version}", CASES, arguments, lambda settings: data.dataset(settings, settings.version) and None)
