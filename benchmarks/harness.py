@@ -2,8 +2,10 @@
 
 A benchmark file defines cases, name → function(settings) → job, and calls `main`. The function imports and prepares;
 only the job counts: it yields the number of rows of each batch. Each run is a process of its own, so that no case
-inherits another's allocator, threads or caches but the page cache, into which its data is read first. Peak memory comes
-from one more run, in which the shares (PSS) of the process and all its children are added up ten times a second.
+inherits another's allocator, threads or caches but the page cache, into which its data is read first. The order of the
+cases changes from round to round, so that it is not always the same one that finds a library's code forgotten. Peak
+memory comes from one more run, in which the shares (PSS) of the process and all its children are added up ten times a
+second.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -60,7 +63,7 @@ def main(name: str, cases: dict[str, Case], options: dict[str, Any], prepare: Ca
     chosen = [case for case in cases if not settings.cases or case in settings.cases.split(";")]
     runs: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
     console = Console(stderr=True)
-    order = [(case, False) for _ in range(settings.repeats) for case in chosen]
+    order = [(case, False) for k in range(settings.repeats) for case in random.Random(k).sample(chosen, len(chosen))]
     order += [(case, True) for case in chosen if settings.memory]
     missing: set[str] = set()
     for case, memory in track(order, name, console=console, disable=not console.is_terminal):

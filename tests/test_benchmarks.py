@@ -105,8 +105,8 @@ def test_one_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cases = {"slow": lambda _: lambda: iter([1, 1]), "fast": lambda _: lambda: iter([2, 2])}
     monkeypatch.setattr(sys, "argv", ["toy.py", "--repeats", "2", "--no-memory", "--out", str(out)])
     times = {"first_s": 0.5, "cpu_s": 1.0}
-    runs = iter([{"rows": 2, "seconds": 2.0, **times}, {"rows": 4, "seconds": 1.0, **times}] * 2)
-    monkeypatch.setattr(harness, "_child", lambda case, memory: {"note": "", **next(runs)})
+    runs = {"slow": {"rows": 2, "seconds": 2.0, **times}, "fast": {"rows": 4, "seconds": 1.0, **times}}
+    monkeypatch.setattr(harness, "_child", lambda case, memory: {"note": "", **runs[case]})
     harness.main("toy", cases, {"rows": 4}, lambda settings: None)
     report = json.loads(out.read_text())
     assert report["cases"]["fast"]["ratio"] == 4

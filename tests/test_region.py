@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 from typing import Any
 
@@ -145,6 +146,29 @@ def test_our_own_reader_decodes_every_baseline_file_of_one_scan() -> None:
         pixels = picture(50, 70, mode=options.pop("mode", "RGB"))
         part, _ = read(encode(pixels, "JPEG", **options), (3, 5, 40, 30), 3 if pixels.mode == "RGB" else 1, 8, False)
         assert (part["status"], part["theirs"]) == (0, "progressive" in kind)
+
+
+def test_a_library_that_our_reader_does_not_fit_decodes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = region.library()
+
+    class Other:
+        """Another layout: what our reader makes is wrong."""
+
+        def gpuload_jpeg_read(self, address: int, count: int) -> None:
+            real.gpuload_jpeg_read(address, count)  # type: ignore[union-attr]
+            parts = np.ctypeslib.as_array((ctypes.c_uint8 * (count * region.PART.itemsize)).from_address(address))
+            for part in parts.view(region.PART):
+                if not part["theirs"]:
+                    (ctypes.c_uint8 * 1).from_address(int(part["out"]))[0] ^= 1
+
+    monkeypatch.setattr(region, "library", Other)
+    region.own_coefficients.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="does not fit Pillow's libjpeg"):
+            part, _ = read(jpeg(), (0, 0, 32, 24), 3, 8, theirs=False)
+        assert (part["status"], part["theirs"]) == (0, 1)
+    finally:
+        region.own_coefficients.cache_clear()
 
 
 def without(file: bytes, marker: int) -> bytes:
