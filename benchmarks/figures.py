@@ -69,7 +69,8 @@ def text(reports: dict[str, dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "pylance", "simplejpeg") if name in machine)
     lines += [
         "",
-        f"{settings['rows']:,} photos, batches of {settings['batch_size']}; {machine['processor']}; {versions}.",
+        f"{settings['rows']:,} photos, batches of {settings['batch_size']}, {settings.get('repeats', 1)} rounds; "
+        f"{machine['processor']}; {versions}.",
     ]
     lines += [
         "A process for each run; peak memory is that of a process and its workers. Peers decode with simplejpeg and"

@@ -1,4 +1,7 @@
-"""A read-only S3 on the loopback: the files of a folder as objects of the bucket "bench", each answer 5 ms late."""
+"""A read-only S3 on the loopback: the files of a folder as objects of a bucket, each answer of "far" 5 ms late.
+
+The bucket "near" is the same without the delay: what the HTTP and the server itself take, on the same cores.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,13 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._object(True)
 
+    def _wait(self) -> None:
+        if self.path.startswith("/far"):
+            time.sleep(LATENCY)
+
     def _object(self, with_body: bool) -> None:
-        time.sleep(LATENCY)
-        path = self.folder / unquote(urlsplit(self.path).path).removeprefix("/bench/")
+        self._wait()
+        path = self.folder / unquote(urlsplit(self.path).path).lstrip("/").partition("/")[2]
         if not path.is_file():
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>" if with_body else b"")
             return
@@ -55,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
                 start += os.sendfile(self.connection.fileno(), file.fileno(), start, end - start)
 
     def _list(self, query: dict[str, list[str]]) -> None:
-        time.sleep(LATENCY)
+        self._wait()
         prefix, delimiter = query.get("prefix", [""])[0], query.get("delimiter", [""])[0]
         keys, folders = [], set()
         base = self.folder / prefix.rpartition("/")[0]
@@ -74,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
         common = "".join(f"<CommonPrefixes><Prefix>{escape(f)}</Prefix></CommonPrefixes>" for f in sorted(folders))
         body = (
-            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>bench</Name>'
+            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>bucket</Name>'
             f"<Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys) + len(folders)}</KeyCount><MaxKeys>10000</MaxKeys>"
             f"<IsTruncated>false</IsTruncated>{''.join(keys)}{common}</ListBucketResult>"
         )

@@ -28,7 +28,7 @@ from gpuload.folder import File, Folder, Row, read_ahead
 
 StorageVersion = Literal["2.0", "2.1", "2.2"]
 # The file format of new datasets, in this one place: Lance's own default. 2.0 reads runs of rows 1.3 times as fast, but
-# a row shuffle at 0.76 of the rate, and knows no blobs (benchmarks/results/read-2.0.json, read-2.2.json).
+# a row shuffle at 0.9 of the rate, and knows no blobs (benchmarks/results/read-2.0.json, read-2.2.json).
 STORAGE_VERSION: StorageVersion = "2.2"
 BATCH_BYTES, BATCH_ROWS = 64 << 20, 8192  # of one write: what stays in memory, a few times over
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
