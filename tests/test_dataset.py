@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,15 @@ def test_an_exception_in_the_loop_ends_the_threads(dataset: LanceDataset) -> Non
     assert not gpuload_threads()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_waiting_ends_the_threads(dataset: LanceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     real, waiting = Source.read, threading.Event()
 
@@ -288,6 +297,7 @@ def test_ctrl_c_while_waiting_ends_the_threads(dataset: LanceDataset, monkeypatc
     assert rows(dataset) == IN_ORDER
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_program_at_once(photos: str) -> None:
     program = f"""
         import time
