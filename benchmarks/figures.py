@@ -75,9 +75,7 @@ def text(reports: dict[str, dict[str, Any]]) -> str:
     lines += [
         "A process for each run; peak memory is that of a process and its workers. Peers decode with simplejpeg and"
     ]
-    lines += ["torch where they bring no decoder of their own."]
-    lines += [f"{first['notes']} See benchmarks/NOTES.md."] if "notes" in first else []
-    lines += ["", "</details>"]
+    lines += ["torch where they bring no decoder of their own.", "", "</details>"]
     return "\n".join(lines)
 
 

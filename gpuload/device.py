@@ -16,7 +16,7 @@ from gpuload.decode.cpu import CpuDecoder
 from gpuload.decode.dali import DaliDecoder
 from gpuload.decode.lanes import LaneDecoder
 from gpuload.decode.nvimgcodec import NvImageCodecDecoder
-from gpuload.errors import ConfigError, DeviceError
+from gpuload.errors import ConfigError, DeviceError, install
 
 DECODERS = ("auto", "cpu", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity")
 CALLS = 2  # to a decoder of a GPU at once: one lays out and submits while the other's images are decoded
@@ -44,7 +44,7 @@ def choose_device(wish: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"Expected a CUDA device for device={str(wish)!r}, got {torch.cuda.device_count()} of them with torch "
-            f'{torch.__version__}. For a machine with a GPU: pip install "gpuload[cuda13]" and a CUDA build of torch. '
+            f"{torch.__version__}. For a machine with a GPU: {install('cuda')} and a CUDA build of torch. "
             'Without one: device="cpu" or "auto".'
         )
     if device.type == "cuda" and device.index is None:  # another thread may have another current device

@@ -20,7 +20,7 @@ from gpuload.errors import ConfigError
 from gpuload.permutation import Permutation
 from gpuload.source import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, Ranges, Source, coalesce
 
-_BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.3 times the rate of single rows (benchmarks/results/read-2.2.json)
+_BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
 
 Order = Callable[[int, int], Ranges]  # places lo to hi of an order of rows → the rows there
 

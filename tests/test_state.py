@@ -498,6 +498,28 @@ def test_the_epoch_after_a_saved_end_is_the_one_that_the_loop_sets(
         assert all(same(a, b) for a, b in zip(list(resumed), list(expected), strict=True)), epoch
 
 
+@TORCHDATA
+def test_workers_that_persist_take_an_earlier_epoch_after_a_loaded_place(rows: Any, quick: Any) -> None:
+    def dataset() -> LanceDataset:
+        return LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2), device="cpu")
+
+    def loader() -> StatefulDataLoader:
+        options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": quick}
+        return StatefulDataLoader(dataset(), batch_size=None, **options)
+
+    first = loader()
+    first.dataset.set_epoch(4)
+    running = iter(first)
+    for _ in range(7):
+        next(running)
+    resumed, expected = loader(), dataset()
+    resumed.load_state_dict(reopened(first.state_dict()))
+    for epoch, skipped in ((4, 7), (1, 0)):
+        resumed.dataset.set_epoch(epoch)
+        expected.set_epoch(epoch)
+        assert all(same(a, b) for a, b in zip(list(resumed), list(expected)[skipped:], strict=True)), epoch
+
+
 def test_a_place_loaded_after_set_epoch_is_where_the_next_iteration_starts(rows: Any) -> None:
     def dataset(epoch: int) -> LanceDataset:
         made = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=2))
