@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from gpuload.decode.header import ends
+from gpuload.decode.encoded import Encoded
+from gpuload.decode.header import ends, has_end
 
 
 def jpeg(exif: bytes = b"") -> bytes:
@@ -29,4 +30,11 @@ def test_a_cut_file_does_not_end_with_its_thumbnail(left: int) -> None:
     whole = jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + jpeg())
     assert whole.count(b"\xff\xd9") == 2
     assert ends(np.frombuffer(whole, np.uint8))
-    assert not ends(np.frombuffer(whole[:-left], np.uint8))
+    for cut in (np.frombuffer(whole[:-left], np.uint8), np.frombuffer(whole[:-left] + b"film" * 3000, np.uint8)):
+        assert not ends(cut)
+        assert not has_end(cut)
+        assert list(Encoded(("JPEG",)).decode([np.frombuffer(whole, np.uint8), cut]).errors) == [1]
+
+
+def test_what_follows_a_whole_file_does_not_matter_to_who_cannot_ask_another_decoder() -> None:
+    assert has_end(np.frombuffer(jpeg() + b"film" * 3000, np.uint8))

@@ -15,10 +15,8 @@ from PIL import Image as pillow
 from gpuload.columns import Views
 from gpuload.decode import IMAGE_ROW, Crop, Ragged
 from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.decode.header import expect_bytes, expect_size, sniff
+from gpuload.decode.header import expect_bytes, expect_size, has_end, sniff
 from gpuload.errors import DecodeError
-
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a file without its end is refused by every decoder
 
 
 class Encoded:
@@ -67,8 +65,7 @@ class Encoded:
         if kind not in self._formats:
             got = f"a {kind} file" if kind else f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
             raise DecodeError(f"Expected an image as {', '.join(self._formats)}, got {got}")
-        end = _ENDS.get(kind, b"")
-        if end not in bytes(view[-64:]) and end not in bytes(view):
+        if (kind == "JPEG" and not has_end(view)) or (kind == "PNG" and b"IEND" not in bytes(view)):
             raise DecodeError(f"Expected a whole {kind} file, got {len(view)} bytes without its end marker")
         expect_size(*_size(view, kind), self._max_pixels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image as pillow
@@ -46,19 +47,28 @@ def jpeg_orientation(view: Any) -> int:
 
     Walks the markers up to the start of the scan: about 4 µs for a file without EXIF.
     """
-    data, at, end = memoryview(view), 2, len(view)
+    data = memoryview(view)
+    for marker, start, stop in _segments(data):
+        if marker == 0xE1 and bytes(data[start : start + 6]) == b"Exif\x00\x00":
+            return _orientation(bytes(data[start:stop]))
+    return 1
+
+
+def _segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and stop of every segment of a JPEG file, up to the header of its first scan."""
+    at, end = 2, len(data)
     while at + 4 <= end and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xDA or marker == 0xD9:  # start of scan, end of image
-            break
+        if marker == 0xD9:  # end of image
+            return
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
             at += 1 if marker == 0xFF else 2
             continue
-        length = data[at + 2] << 8 | data[at + 3]
-        if marker == 0xE1 and bytes(data[at + 4 : at + 10]) == b"Exif\x00\x00":
-            return _orientation(bytes(data[at + 4 : at + 2 + length]))
-        at += 2 + length
-    return 1
+        stop = at + 2 + (data[at + 2] << 8 | data[at + 3])
+        yield marker, at + 4, stop
+        if marker == 0xDA:  # start of scan
+            return
+        at = stop
 
 
 def _orientation(segment: bytes) -> int:
@@ -94,6 +104,12 @@ def ends(view: Any) -> bool:
     end marker further up proves nothing: it may be that of the thumbnail in the EXIF data.
     """
     return bytes(view[-2:]) == b"\xff\xd9" or bytes(view[-_TAIL:]).rstrip(b"\x00\t\n\r ").endswith(b"\xff\xd9")
+
+
+def has_end(view: Any) -> bool:
+    """Whether a JPEG file has an end marker behind the start of its scan, whatever follows (a phone's film, say)."""
+    scans = (stop for marker, _, stop in _segments(memoryview(view)) if marker == 0xDA)
+    return ends(view) or bytes(view).find(b"\xff\xd9", next(scans, len(view))) >= 0
 
 
 def expect_bytes(view: Any) -> None:
