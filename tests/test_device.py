@@ -365,3 +365,18 @@ def test_spans_reach_nvtx_in_cuda_builds(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ZeroDivisionError), device.span("gpuload.x"):
         1 // 0  # noqa: B018
     assert log == ["gpuload.x", "pop"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "threads"), [(None, 0, 8), ("1", 0, 8), ("3", 0, 2), ("2", 2, 2), ("16", 0, 1), ("many", 0, 8)]
+)
+def test_threads_are_the_cores_shared_with_ranks_and_workers(
+    ranks: str | None, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    worker = SimpleNamespace(num_workers=workers) if workers else None
+    monkeypatch.setattr(device, "get_worker_info", lambda: worker)
+    assert device.threads_here() == threads
