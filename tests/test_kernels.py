@@ -9,10 +9,11 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -31,6 +32,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5 + 2**-10, torch.bfloat16: 
 # to 22 bits.
 PILLOW = 1.01
 Resize = Callable[[Ragged, np.ndarray, np.ndarray, Image, torch.Tensor], None]
+FOLDER = Path(kernels.__file__).parent
 KERNELS = [f"resize_normalize_{name}" for name in kernels.TYPES.values()]
 
 
@@ -70,27 +72,26 @@ def case(seed: int, image: Image) -> tuple[Ragged, np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
-    """Builds the CPU library from the sources as they are now, with the flags of the installation and some more."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a library from the sources as they are now, with the flags of the installation and some more."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     assert compiler, "Expected a C++ compiler to test the kernel source with, got none. Do: apt install g++, or set CXX"
-    folder = Path(kernels.__file__).parent
 
     @cache
-    def compiled(*more: str) -> ctypes.CDLL:
-        target = tmp_path_factory.mktemp("build") / "resize.so"
-        command = [compiler, *kernels.flags.CXX, *more, "-fPIC", "-shared", "-o", str(target)]
-        built = subprocess.run([*command, str(folder / "resize_cpu.cpp")], capture_output=True, text=True)
+    def compiled(path: Path, *more: str) -> Path:
+        target = tmp_path_factory.mktemp("build") / f"{path.stem}.so"
+        command = [compiler, *kernels.flags.CXX, *more, f"-I{FOLDER}", "-fPIC", "-shared", "-o", str(target)]
+        built = subprocess.run([*command, str(path)], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
-        return kernels.load(target)
+        return target
 
     return compiled
 
 
 @pytest.fixture(params=["literal", "fast", "baseline"])
-def resize(request: pytest.FixtureRequest, build: Callable[..., ctypes.CDLL]) -> Resize:
+def resize(request: pytest.FixtureRequest, build: Callable[..., Path]) -> Resize:
     """The GPU's source on the CPU; the loops for this CPU; the loops for any CPU."""
-    library = build("-DGPULOAD_BASELINE") if request.param == "baseline" else build()
+    library = kernels.load(build(FOLDER / "resize_cpu.cpp", *["-DGPULOAD_BASELINE"] * (request.param == "baseline")))
 
     def run(ragged: Ragged, regions: np.ndarray, flips: np.ndarray, image: Image, out: torch.Tensor) -> None:
         rows = _rows(ragged, regions, flips)
@@ -112,7 +113,7 @@ def nvrtc() -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("path", sorted(Path(kernels.__file__).parent.glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.cu")), ids=lambda path: path.stem)
 def test_every_source_compiles_for_every_gpu(nvrtc: ctypes.CDLL, path: Path, arch: str) -> None:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     text, options = kernels.source(path.stem).encode(), [o.encode() for o in (*kernels.flags.NVRTC, f"-arch={arch}")]
@@ -205,29 +206,36 @@ def test_rounding_to_half_is_torchs(resize: Resize, dtype: torch.dtype) -> None:
         assert torch.equal(got, torch.full(got.shape, value).to(dtype)), value
 
 
+Launch = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[np.generic, ...]], None]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
+    """Puts `launch` (name of the kernel, grid, block, arguments) in the place of CuPy and the GPU."""
+
+    def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Callable[..., None]:
+        assert (code, options) == (kernels.source("resize_normalize"), kernels.flags.NVRTC)
+        return partial(launch, name)
+
+    stream = SimpleNamespace(from_external=lambda stream: nullcontext(stream.__cuda_stream__()))
+    cuda = SimpleNamespace(Device=lambda index: nullcontext(), Stream=stream)
+    monkeypatch.setattr(kernels, "_kernel", kernels._kernel.__wrapped__)  # nothing is left behind in its cache
+    monkeypatch.setattr(kernels, "_cupy", lambda: SimpleNamespace(RawKernel=raw_kernel, cuda=cuda))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPatch, channels_last: bool) -> None:
-    """Against a stand-in for CuPy: the types, the table that is uploaded, the grid; nothing of the GPU itself."""
+    """The types, the table that is uploaded, the grid."""
     image = Image((7, 300), dtype=torch.float16, channels_last=channels_last)
     ragged, regions, flips = case(0, image)
     rows, out, launches = _rows(ragged, regions, flips), empty(len(ragged), image), []
 
-    def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Callable[..., None]:
-        assert (code, options) == (kernels.source("resize_normalize"), kernels.flags.NVRTC)
+    def note(name: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
+        launches.append((name, grid, block, arguments, ctypes.string_at(int(arguments[0]), rows.nbytes)))
 
-        def launch(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
-            launches.append((name, grid, block, arguments, ctypes.string_at(int(arguments[0]), rows.nbytes)))
-
-        return launch
-
-    stream = SimpleNamespace(from_external=lambda stream: nullcontext(stream.__cuda_stream__()))
-    cuda = SimpleNamespace(Device=lambda index: nullcontext(), Stream=stream)
-    monkeypatch.setattr(kernels, "_cupy", lambda: SimpleNamespace(RawKernel=raw_kernel, cuda=cuda))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    kernels._kernel.cache_clear()
+    stand_in(monkeypatch, note)
     kernels.run_cuda(rows, out, _affine(image))
-    kernels._kernel.cache_clear()
 
     ((name, grid, block, arguments, table),) = launches
     declared = re.search(r"__global__ void name\((.*?)\)", kernels.source("resize_normalize"), re.DOTALL)
@@ -240,6 +248,40 @@ def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPa
     n, c, h, w = out.shape
     strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
     assert arguments[1:10] == (out.data_ptr(), n, h, w, c, *strides)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
+@pytest.mark.parametrize("dtype", IMAGE_DTYPES, ids=str)
+def test_blocks_of_many_threads_do_what_a_block_of_one_does(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[..., Path], dtype: torch.dtype, order: str
+) -> None:
+    """The whole launch but the GPU: 256 threads a block, taken in an order that shows where a barrier is missing."""
+    blocks = ctypes.CDLL(str(build(Path(__file__).parent / "kernel_blocks.cpp")))
+
+    def launch(name: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
+        rows, out, count, height, width, channels, *strides = (int(argument) for argument in arguments[:10])
+        affine = (ctypes.c_float * 6)(*arguments[10:])
+        pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+        shape = (pointer(rows), pointer(out), i64(count), height, width, channels, *map(i64, strides))
+        how = ["ascending", "descending", "shuffled"].index(order)
+        assert blocks.launch(name.encode(), grid[0], min(grid[1], 5), block[0], how, *shape, affine) == 0
+
+    stand_in(monkeypatch, launch)
+    library = kernels.load(build(FOLDER / "resize_cpu.cpp"))
+    options: dict[str, Any]
+    for seed, (size, crop, options) in enumerate(
+        [
+            ((5, 7), "random", {}),
+            ((1, 140), "random", {"mode": "L", "channels_last": True}),  # two tiles a row
+            ((3, 1), "none", {"channels_last": True}),  # two chunks a tile
+        ]
+    ):
+        image = Image(size, crop=crop, flip=0.5, dtype=dtype, **options)
+        ragged, regions, flips = case(seed, image)
+        rows, expected, got = _rows(ragged, regions, flips), empty(len(ragged), image), empty(len(ragged), image, 9)
+        kernels.run_cpu(library, rows, expected, _affine(image), literal=True)
+        kernels.run_cuda(rows, got, _affine(image))
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.gpu
