@@ -166,6 +166,24 @@ def gpuload_epoch(decoder: str, **options: Any) -> Callable[[Setup], Pass]:
     return case
 
 
+class Blank(NvImageCodecDecoder):
+    """Does all that the host does for a decode, and decodes nothing: whatever is in the arena is taken for pixels."""
+
+    def _probe(self, lane: Any) -> None:
+        pass
+
+    def _decode_to(self, lane: Any, streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
+        return self._images(lane, places)
+
+
+def all_but_decoding(setup: Setup) -> Pass:
+    """What reading, Python, copies and the kernel allow: (c) with a decoder that takes no time."""
+    options: dict[str, Any] = {"columns": ["image"], "transforms": {"image": IMAGE}, "device": str(setup.device)}
+    dataset = LanceDataset(setup.lance(), setup.batch_size, decoder="nvimgcodec", **options)
+    dataset._decoder = Blank(setup.device, 10**9, THREADS if setup.device.type == "cuda" else 1, calls=2)
+    return lambda: (batch.size for batch in dataset)
+
+
 def dali_pipeline(load: float) -> Callable[[Setup], Pass]:
     """(d) DALI's own: file reader, decode on mixed, random-resized crop, crop_mirror_normalize."""
 
@@ -320,6 +338,7 @@ CASES: dict[str, Callable[[Setup], Pass]] = {
     "limit: decode": decode_only(),
     "limit: decode, one call": decode_only(calls=1),
     "limit: decode and kernel": decode_and_kernel,
+    "limit: all but decoding": all_but_decoding,
     "gpuload nvimgcodec": gpuload_epoch("nvimgcodec"),
     "gpuload nvimgcodec shuffle=row": gpuload_epoch("nvimgcodec", shuffle="row"),
     "gpuload nvimgcodec:parity": gpuload_epoch("nvimgcodec:parity"),

@@ -18,6 +18,7 @@ RUNS = [
     "limit: decode",
     "limit: decode, one call",
     "limit: decode and kernel",
+    "limit: all but decoding",
     "gpuload nvimgcodec",
     "gpuload nvimgcodec shuffle=row",
     "gpuload nvimgcodec:parity",

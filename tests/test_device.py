@@ -351,6 +351,7 @@ def test_on_the_cpu_a_side_does_nothing() -> None:
     assert torch.equal(columns["ids"], torch.ones(3))
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11 says so to everybody
 def test_spans_have_names_for_the_profiler(photos: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, device.span("gpuload.x"):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import warnings
@@ -214,7 +215,8 @@ def test_dali_orders_its_outputs_on_the_lanes_stream(monkeypatch: pytest.MonkeyP
 
 
 class Given:
-    """Stands for nvImageCodec on a GPU: notes how a Decoder is made and what it is called with."""
+    """Stands for nvImageCodec on a GPU: notes how a Decoder is made and what it is called with. Whatever it decodes has
+    the colour `result`; with None it decodes nothing, with a str it puts the pixels elsewhere."""
 
     def __init__(self, real: Any, result: Any) -> None:
         self.real, self.result, self.made, self.called = real, result, dict[str, Any](), dict[str, Any]()
@@ -232,6 +234,9 @@ class Given:
 
     def as_images(self, memory: list[Any], cuda_stream: int) -> list[Any]:
         self.called = {"memory": [m.__cuda_array_interface__ for m in memory], "images on": cuda_stream}
+        for m in self.called["memory"] if isinstance(self.result, tuple) else []:
+            pixels = (ctypes.c_uint8 * int(np.prod(m["shape"]))).from_address(m["data"][0])
+            np.ctypeslib.as_array(pixels).reshape(m["shape"])[:] = self.result
         return memory
 
     def decode(self, streams: list[Any], images: list[Any], params: Any, cuda_stream: int) -> list[Any]:
@@ -255,7 +260,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, **options: Any) -> tu
 def test_on_a_gpu_it_is_told_which_backends_and_never_the_host(
     parity: bool, kinds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, given = on_a_gpu(monkeypatch, object(), parity=parity, hardware_load=0.4)
+    decoder, given = on_a_gpu(monkeypatch, (201, 99, 52), parity=parity, hardware_load=0.4)
     lane = decoder._lane()
     assert [kind.name for kind, _ in given.made["backends"]] == kinds
     if not parity:
@@ -273,6 +278,12 @@ def test_on_a_gpu_it_is_told_which_backends_and_never_the_host(
 def test_a_gpu_without_nvjpeg_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = on_a_gpu(monkeypatch, None)
     with pytest.raises(DeviceError, match=r'cuda:1, got nothing: nvJPEG is missing.*pip install "gpuload\[cuda13\]"'):
+        decoder.decode([view(jpeg())])
+
+
+def test_pixels_that_do_not_come_where_they_should_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _ = on_a_gpu(monkeypatch, "elsewhere")
+    with pytest.raises(DeviceError, match=r'memory of cuda:1, got values up to \d+ from it.*decoder="dali"'):
         decoder.decode([view(jpeg())])
 
 
