@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gpuload.errors import ConfigError, TextError
 from gpuload.transforms import Text
 
-Ids = list[list[int]]
+Ids = Sequence[Sequence[int]]  # of each text; bytes are a sequence of ids, too
 
 
 class Tokens:
@@ -42,12 +44,13 @@ class Tokens:
             for i, row in enumerate(ids):
                 if len(row) > limit and not self._text.truncation:
                     raise TextError(f"Expected at most {limit} tokens (truncation=False), got {len(row)}", i)
-        lengths = np.fromiter((min(len(row), limit or len(row)) for row in ids), np.int64, len(ids))
+            ids = [row[:limit] for row in ids]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         longest = limit if self._text.padding == "max_length" else int(lengths.max(initial=0))
         out = np.full((len(ids), longest or 0), self.pad_id, np.int64)
         place = np.arange(longest or 0)
         mask = place >= (longest or 0) - lengths[:, None] if self._left else place < lengths[:, None]
-        out[mask] = np.fromiter((token for row, n in zip(ids, lengths, strict=True) for token in row[:n]), np.int64)
+        out[mask] = _flat(ids)
         return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
     def _open(self, tokenizer: Any) -> Callable[[list[str]], Ids]:
@@ -116,7 +119,14 @@ class Tokens:
 
 
 def _utf8(texts: list[str]) -> Ids:
-    return [list(text.encode("utf-8", "surrogatepass")) for text in texts]
+    return [text.encode("utf-8", "surrogatepass") for text in texts]
+
+
+def _flat(ids: Ids) -> NDArray[Any]:
+    """One row of ids after the other."""
+    if ids and isinstance(ids[0], bytes):
+        return np.frombuffer(b"".join(ids), np.uint8)  # type: ignore[arg-type]  # all of them are bytes
+    return np.fromiter(itertools.chain.from_iterable(ids), np.int64)
 
 
 def _load(path: str | Path) -> Tokenizer:
