@@ -1,6 +1,6 @@
 """All CPU benchmarks, one after the other, each with its cases interleaved; then the README's figures.
 
-``python benchmarks/run_all.py [--images FOLDER] [--rows N] [--repeats N] [--only cpu,read,runs,scaling]``
+``python benchmarks/run_all.py [--images FOLDER] [--rows N] [--repeats N] [--only cpu,read,runs,scaling,host]``
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=data.ARGUMENTS["rows"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", default=data.ARGUMENTS["work"], help="where the data is made, once")
-    parser.add_argument("--only", default="cpu,read,runs,scaling")
+    parser.add_argument("--only", default="cpu,read,runs,scaling,host")
     settings = parser.parse_args()
     common = ["--rows", str(settings.rows), "--work", settings.work]
     common += ["--images", settings.images] if settings.images else []
@@ -32,6 +32,7 @@ def main() -> None:
     runs += [["bench_read.py", "--version", version] for version in ("2.0", "2.1", "2.2")] if "read" in chosen else []
     runs += [["bench_runs.py", "--no-memory"]] if "runs" in chosen else []
     runs += [["bench_scaling.py", "--no-memory"]] if "scaling" in chosen else []
+    runs += [["bench_host.py", "--no-memory", "--rows", "40960"]] if "host" in chosen else []  # small ones
     for name, *options in runs:
         repeats = ["--repeats", str(settings.repeats)]
         subprocess.run([sys.executable, str(HERE / name), *common, *repeats, *options], check=True)

@@ -1,0 +1,112 @@
+"""What the host does for every image that a GPU decodes: all but decoding and the kernel; rows/s and CPU time a row.
+
+Runs anywhere: nvImageCodec makes its objects and is not asked to decode, on photos of 40 x 40 pixels, so that reading
+hardly counts. The rate of the line is what Python allows; a GPU that decodes faster would wait for it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import data
+import harness
+import numpy as np
+import torch
+
+SIZE, CALL = 40, 128  # pixels; images a call
+CPU = torch.device("cpu")
+
+
+def small(settings: Any, exif: bool = False) -> list[bytes]:
+    """The photos, made small; with the EXIF data of a camera."""
+    from PIL import Image as pillow
+
+    camera = pillow.Exif()
+    if exif:
+        camera[0x0112] = 6  # orientation
+        for tag, text in ((0x010F, "A camera's maker"), (0x0110, "A camera"), (0x0132, "2026:01:01 00:00:00")):
+            camera[tag] = text
+        camera.get_ifd(0x8769).update(dict.fromkeys(range(0x9000, 0x9010), "0232"))
+    found = []
+    for image, _ in data.encoded(settings.images):
+        with pillow.open(io.BytesIO(image)) as photo:
+            file = io.BytesIO()
+            photo.convert("RGB").resize((SIZE, SIZE)).save(file, "JPEG", quality=80, exif=camera)
+            found.append(file.getvalue())
+    return found
+
+
+def stored(settings: Any) -> str:
+    """Path of a Lance dataset of them."""
+    import lance
+    import pyarrow as pa
+
+    def write(path: Path) -> None:
+        images = itertools.islice(itertools.cycle(small(settings)), settings.rows)
+        lance.write_dataset(pa.table({"image": pa.array(list(images), pa.binary())}), str(path))
+
+    return data.made(settings, f"{SIZE}px.lance", write)
+
+
+def blank() -> Any:
+    from gpu_cases import Blank
+
+    return Blank(CPU, 10**9)
+
+
+def calls(exif: bool) -> harness.Case:
+    """Decode calls of one thread."""
+
+    def case(settings: Any) -> harness.Job:
+        files, decoder = itertools.cycle(small(settings, exif)), blank()
+        views = [np.frombuffer(next(files), np.uint8) for _ in range(CALL)]
+
+        def job() -> Iterator[int]:
+            for _ in range(max(1, settings.rows // CALL)):
+                with decoder.decode(views) as ragged:
+                    yield len(ragged)
+
+        return job
+
+    return case
+
+
+def line(threads: int) -> harness.Case:
+    """A dataset's batches, with as many threads that call the decoder."""
+
+    def case(settings: Any) -> harness.Job:
+        from gpuload import Image, LanceDataset, pipeline
+
+        pipeline._SLICE_ROWS = CALL  # as on a GPU, where a call takes the whole batch
+        options = {"device": "cpu", "num_threads": threads, "transforms": {"image": Image(8, crop="random", flip=0.5)}}
+        dataset = LanceDataset(stored(settings), 2 * threads * CALL, **options)
+        dataset._decoder = blank()
+        return lambda: (batch.size for batch in dataset)
+
+    return case
+
+
+def captions(settings: Any) -> harness.Job:
+    """Captions to ids and mask."""
+    from gpuload import Text
+    from gpuload.text import Tokens
+
+    tokens, texts = Tokens(Text("bytes", max_length=77)), [f"{'a caption ' * (3 + i % 9)}" for i in range(CALL)]
+    return lambda: (len(tokens(texts)[0]) for _ in range(max(1, settings.rows // CALL)))
+
+
+CASES = {
+    "decode calls": calls(exif=False),
+    "decode calls, EXIF": calls(exif=True),
+    "captions": captions,
+    "line, 1 thread": line(1),
+    "line, 2 threads": line(2),
+    "line, 4 threads": line(4),
+}
+
+if __name__ == "__main__":
+    harness.main("host", CASES, {**data.ARGUMENTS, "rows": 40960}, lambda settings: stored(settings) and None)
