@@ -12,6 +12,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from gpuload.errors import ConfigError
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 class Batch(dict[str, Any]):
     """Column name → tensor ``[B, ...]``, or a list of B values where there is no tensor form.
@@ -74,7 +76,7 @@ class Batch(dict[str, Any]):
 
         def pick(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                kept = value[(pinned if value.is_cuda else index).to(value.device, non_blocking=True)]
+                kept = pick_rows(value, (pinned if value.is_cuda else index).to(value.device, non_blocking=True))
                 last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
             return [value[i] for i in index.tolist()]
@@ -91,6 +93,12 @@ class Batch(dict[str, Any]):
         shown += [f"epoch={self.epoch}", f"step={self.step}", f"rows={self.size}"]
         invalid = int((~self.valid).sum())
         return f"Batch({', '.join(shown + [f'invalid={invalid}'] * bool(invalid))})"
+
+
+def pick_rows(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """``tensor[index]`` for every dtype: torch cannot index unsigned integers of more than 8 bits everywhere."""
+    signed = _SIGNED.get(tensor.dtype)
+    return tensor[index] if signed is None else tensor.view(signed)[index].view(tensor.dtype)
 
 
 def _on_cuda(value: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
 
-from gpuload.batch import Batch
+from gpuload.batch import Batch, pick_rows
 from gpuload.columns import to_tensor
 from gpuload.dataset import LanceDataset
 from gpuload.decode.cpu import CpuDecoder
@@ -198,7 +198,7 @@ def _filled(batch: Batch, size: int) -> Batch:
     pick = [min(i, batch.size - 1) for i in range(size)]
 
     def grown(value: Any) -> Any:
-        return value[pick] if isinstance(value, torch.Tensor) else [value[i] for i in pick]
+        return pick_rows(value, pick) if isinstance(value, torch.Tensor) else [value[i] for i in pick]
 
     columns = {name: grown(value) for name, value in batch.items()}
     valid = batch.valid[pick] & (torch.arange(size) < batch.size)

@@ -40,7 +40,7 @@ def test_cuda_without_a_number_is_the_current_device_of_the_caller() -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_that_is_not_there_is_an_error_with_a_line_to_do() -> None:
-    with pytest.raises(DeviceError, match=r"'cuda:2', got 2 of them.*pip install \"gpuload\[cuda13\]\""):
+    with pytest.raises(DeviceError, match=r"'cuda:2', got 2 of them.*pip install \"gpuload\[cuda1[23]\]\""):
         device.choose_device("cuda:2")
     with pytest.raises(ConfigError, match="got 'tpu'"):
         device.choose_device("tpu")
@@ -77,9 +77,9 @@ def test_a_decoder_is_what_its_name_says(wish: str, where: torch.device, kind: t
 @pytest.mark.parametrize(
     ("package", "wish", "line"),
     [
-        ("nvidia.nvimgcodec", "auto", "cuda13"),
-        ("nvidia.nvimgcodec", "nvimgcodec", "cuda13"),
-        ("nvidia.dali.fn", "dali", "dali13"),
+        ("nvidia.nvimgcodec", "auto", "cuda1[23]"),
+        ("nvidia.nvimgcodec", "nvimgcodec", "cuda1[23]"),
+        ("nvidia.dali.fn", "dali", "dali1[23]"),
     ],
 )
 @pytest.mark.usefixtures("two_gpus")
@@ -89,6 +89,13 @@ def test_a_missing_decoder_is_an_error_and_never_a_slower_one(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DeviceError, match=rf'pip install "gpuload\[{line}\]", or decoder="cpu"'):
         device.make_decoder(wish, CUDA, 1000)
+
+
+@pytest.mark.parametrize(("cuda", "line"), [(None, "cuda13"), ("12.8", "cuda12"), ("13.0", "cuda13")])
+def test_the_line_to_install_fits_torchs_cuda(cuda: str | None, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(DeviceError, match=rf'pip install "gpuload\[{line}\]"'):
+        device.choose_device("cuda:99")
 
 
 def test_an_unknown_decoder_is_refused_when_the_dataset_is_made(photos: str) -> None:
