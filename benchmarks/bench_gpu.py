@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import statistics
 import time
@@ -53,8 +54,12 @@ def group(setup: Setup, chosen: list[str], console: Console) -> dict[str, Any]:
             console.print(f"{name}: left out, {type(error).__name__}: {str(error)[:300]}", markup=False)
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(setup.settings.rounds):
-        for name, case in passes.items():
-            rates[name].append(measure(case, setup))
+        for name in list(passes):
+            try:
+                rates[name].append(measure(passes[name], setup))
+            except Exception as error:
+                del passes[name], rates[name]
+                console.print(f"{name}: left out, {type(error).__name__}: {str(error)[:300]}", markup=False)
     base = next(iter(rates.values()), [])
     return {
         name: {
@@ -73,9 +78,13 @@ def main() -> None:
     parser.add_argument("--work", default=data.ARGUMENTS["work"])
     parser.add_argument("--rows", type=int, default=16384, help="of a pass over photos of 0.2 megapixels")
     parser.add_argument("--megapixels", default="0.2,1,12")
-    parser.add_argument("--batch-sizes", default="128,64,256", help="the first one alone for larger photos")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="longest pass")
+    parser.add_argument(
+        "--batch-sizes", default="128,64,256", help="the first one alone for larger photos, 32 at most for 12"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of the first group; 2 at most of the others")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="longest pass of the first group; 1 at most of the others"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--cases", default="", help="semicolon-separated; all by default")
     parser.add_argument("--sweep", action="store_true", help="shares of the JPEG engine, too")
@@ -86,18 +95,22 @@ def main() -> None:
     every = [*CASES, *(SWEEP if settings.sweep else ())]
     chosen = [name for name in every if not settings.cases or name in settings.cases.split(";")]
     report: dict[str, Any] = {"benchmark": "gpu", "date": datetime.date.today().isoformat()}
-    report |= {"machine": machine(settings.device), "settings": vars(settings), "groups": {}}
+    report |= {"machine": machine(settings.device), "settings": dict(vars(settings)), "groups": {}}
     sizes, batch_sizes = [float(v) for v in settings.megapixels.split(",")], settings.batch_sizes.split(",")
-    plan = [(size, int(b)) for size in sizes for b in (batch_sizes if size == sizes[0] else batch_sizes[:1])]
+    plan = [(size, min(int(batch_sizes[0]), 32 if size > 4 else 1 << 20)) for size in sizes]
+    plan += [(sizes[0], int(b)) for b in batch_sizes[1:]]
     for i, (megapixels, batch_size) in enumerate(plan):
         setup = Setup(settings, megapixels, batch_size)
+        if i == 1:
+            settings.rounds, settings.seconds = min(settings.rounds, 2), min(settings.seconds, 1.0)
         cases = group(setup, [name for name in chosen if i == 0 or name not in ONCE], console)
+        gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
         found = {"rows": setup.rows, "cases": cases, "kernel": kernel_bandwidth(setup)}
         report["groups"][f"{megapixels:g} MP, batch {batch_size}"] = found
         Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")  # what is there survives a time limit
         show(f"{megapixels:g} MP, batch {batch_size}", found)
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def machine(device: str) -> dict[str, Any]:

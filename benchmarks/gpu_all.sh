@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_all.sh OUT [options of bench_gpu.py]     e.g. --images photos/ --sweep
 #
-# OUT gets tests.txt, gpu.json (machine, versions, settings, figures) and table.txt. The exit status is the tests'.
+# OUT gets tests-first.txt, tests.txt, gpu.json (machine, versions, settings, figures) and table.txt. The exit status is the tests'.
 # PYTHON is the interpreter; where gpuload is not installed in it, this checkout is put together in a temporary folder.
 # Without DALI, which the tests insist on, they run without it and say so. DEVICE=cpu is for trying this file where
 # there is no GPU: the tests marked gpu are then skipped.
@@ -38,13 +38,25 @@ if [ "$device" = cuda ]; then
     chosen=(-k "not dali" --ignore "$repo/tests/test_dali.py")
   fi
 fi
-# warnings of other versions than those the tests are held to do not fail here
-(cd "$elsewhere" && timeout 240 "$python" -m pytest -q -m gpu -p no:cacheprovider -rA -W default "${chosen[@]}" \
-  -c "$repo/pyproject.toml" --rootdir "$repo" "$repo/tests") >"$out/tests.txt" 2>&1
+# warnings of other versions than those the tests are held to do not fail here; what is new on a GPU comes first; -s INT
+# lets pytest say what it has seen so far
+gpu_tests() {  # seconds, file of the output, what pytest is to run
+  local seconds=$1 log=$2
+  shift 2
+  (cd "$elsewhere" && timeout -s INT -k 10 "$seconds" "$python" -m pytest -q -m gpu -p no:cacheprovider -rA -W default \
+    "${chosen[@]}" -c "$repo/pyproject.toml" --rootdir "$repo" "$@") >"$out/$log" 2>&1
+  local code=$?
+  grep -E "^(FAILED|ERROR)|PSNR|passed|failed|skipped" "$out/$log" | cut -c 1-200
+  [ $code -ne 124 ] || echo "the tests of $log ran past $seconds seconds and were stopped"
+  return $code
+}
+first=("$repo/tests/test_kernels.py" "$repo/tests/test_gpu.py")
+gpu_tests 150 tests-first.txt "${first[@]}"
 status=$?
-grep -E "^(FAILED|ERROR)|PSNR|passed|failed|skipped" "$out/tests.txt" | cut -c 1-200
-[ $status -eq 124 ] && echo "the tests ran past four minutes and were stopped"
-timeout 280 "$python" benchmarks/bench_gpu.py --device "$device" --out "$out/gpu.json" "$@" 2>"$out/bench.err" >"$out/table.txt"
+gpu_tests 120 tests.txt "${first[@]/#/--ignore=}" "$repo/tests" || status=$?
+left=$((530 - SECONDS))
+timeout -s INT -k 10 $left "$python" benchmarks/bench_gpu.py --device "$device" --out "$out/gpu.json" "$@" \
+  2>"$out/bench.err" >"$out/table.txt"
 [ $? -eq 0 ] || { echo "bench_gpu.py did not finish:"; tail -5 "$out/bench.err"; }
 grep "left out" "$out/bench.err"
 cat "$out/table.txt"

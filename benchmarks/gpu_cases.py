@@ -118,8 +118,9 @@ def decode_only(calls: int = 2, load: float | None = None) -> Callable[[Setup], 
         nv = maker._nv
 
         def work(batch: list[Any]) -> int:
-            lane = maker._lanes.take()
+            lane = maker._lanes.take(maker._lane)
             with lane.current():
+                maker._ready(lane, len(batch))
                 slot, table = lane.slot(), np.zeros(len(batch), IMAGE_ROW)
                 streams = [nv.CodeStream(view) for view in batch]
                 table["height"], table["width"] = [s.height for s in streams], [s.width for s in streams]
@@ -129,7 +130,7 @@ def decode_only(calls: int = 2, load: float | None = None) -> Callable[[Setup], 
                 memory = [Memory(start + at, (h, w, 3), None, cuda) for at, h, w in shapes]
                 stream = lane.stream.cuda_stream if cuda else 0
                 images = nv.as_images(memory, cuda_stream=stream)
-                done = lane.tool.decode(streams, images=images, params=maker._params, cuda_stream=stream)
+                done = lane.tool.made.decode(streams, images=images, params=maker._params, cuda_stream=stream)
                 slot.keep += [streams, images]
                 slot.done()
             maker._lanes.give(lane)
@@ -169,7 +170,7 @@ def gpuload_epoch(decoder: str, **options: Any) -> Callable[[Setup], Pass]:
 class Blank(NvImageCodecDecoder):
     """Does all that the host does for a decode, and decodes nothing: whatever is in the arena is taken for pixels."""
 
-    def _probe(self, lane: Any) -> None:
+    def _probe(self, lane: Any, images: int) -> None:
         pass
 
     def _decode_to(self, lane: Any, streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
@@ -180,6 +181,7 @@ def all_but_decoding(setup: Setup) -> Pass:
     """What reading, Python, copies and the kernel allow: (c) with a decoder that takes no time."""
     options: dict[str, Any] = {"columns": ["image"], "transforms": {"image": IMAGE}, "device": str(setup.device)}
     dataset = LanceDataset(setup.lance(), setup.batch_size, decoder="nvimgcodec", **options)
+    dataset._decode_with()  # as it is set up for a real one
     dataset._decoder = Blank(setup.device, 10**9, THREADS if setup.device.type == "cuda" else 1, calls=2)
     return lambda: (batch.size for batch in dataset)
 
@@ -242,7 +244,8 @@ def lance_workers(setup: Setup) -> Pass:
 
     workers = min(14, max(1, THREADS - 2))
     dataset = Upstream(setup.lance(), setup.batch_size, columns=["image"], to_tensor_fn=by_pillow)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn", pin_memory=True)
+    options = {"multiprocessing_context": "spawn", "pin_memory": True, "persistent_workers": True}
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, **options)  # they start in the unmeasured pass
 
     def run() -> Iterator[int]:
         for batch in loader:
@@ -303,8 +306,10 @@ def training(fed: bool) -> Callable[[Setup], Pass]:
 
 def kernel_bandwidth(setup: Setup) -> dict[str, float]:
     """The kernel alone on images of this size: GB/s of the pixels it has to read and write, beside a copy's GB/s."""
-    height, count = int((setup.megapixels * 1e6 / 1.5) ** 0.5), min(setup.batch_size, 64)
+    height = int((setup.megapixels * 1e6 / 1.5) ** 0.5)
     width = height * 3 // 2
+    most = 2 << 30 if setup.device.type == "cuda" else 64 << 20  # bytes; well beyond any cache
+    count = max(1, most // (width * 3 * height))
     table = np.zeros(count, IMAGE_ROW)
     table["height"], table["width"], table["channels"], table["orientation"] = height, width, 3, 1
     table["pitch"] = width * 3

@@ -8,6 +8,7 @@ One of the two files that import DALI. Order, ranks, filter, state and policies 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -196,6 +197,7 @@ class DALILanceIterator:
         self._started = self._consumed = False
         self._last: Batch | None = None  # its memory may still be read by the GPU's copies
         self._broken: Exception | None = None
+        self._lent: deque[tuple[Any, torch.Tensor]] = deque()  # DALI's memory, and the event after its last reader
 
     def __iter__(self) -> DALILanceIterator:
         if self._consumed:
@@ -205,6 +207,8 @@ class DALILanceIterator:
     def __next__(self) -> Batch:
         if self._broken is not None:
             raise self._broken
+        while self._lent and self._lent[0][0].query():
+            self._lent.popleft()
         if not self._started:
             self._pipeline.schedule_run()
         self._started = self._consumed = True
@@ -283,7 +287,7 @@ class DALILanceIterator:
         return [self._owned(out[i], theirs) for i in range(len(out))]
 
     def _owned(self, tensor: Any, theirs: set[int]) -> torch.Tensor:
-        """Without a copy where the executor lets go of its buffers and the memory is not the source's."""
+        """On the CPU without a copy where the executor lets go of its buffers and the memory is not the source's."""
         if not self._pipeline.exec_dynamic:
             on_gpu = hasattr(tensor, "__cuda_array_interface__")
             device = torch.device("cuda", self._pipeline.device_id) if on_gpu else torch.device("cpu")
@@ -293,7 +297,13 @@ class DALILanceIterator:
             )
             return copied
         found: torch.Tensor = from_dlpack(tensor)
-        return found.clone() if found.device.type == "cpu" and found.data_ptr() in theirs else found
+        if found.device.type == "cpu":
+            return found.clone() if found.data_ptr() in theirs else found
+        # DALI takes memory back with its last tensor and does not ask torch's streams: the loop gets torch's own
+        ours, event = found.clone(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(found.device))
+        self._lent.append((event, found))
+        return ours
 
 
 def _policy(word: Any) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import lance
@@ -17,6 +18,7 @@ import torch
 from making import by_pillow, captions, encode, jpeg, picture
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+from torch.utils.dlpack import from_dlpack
 
 from gpuload import Batch, ConfigError, DecodeError, DeviceError, Image, LanceDataset, ShardedFragmentSampler, Text
 from gpuload.dali import DALILanceIterator, LanceSource, lance_reader
@@ -440,6 +442,65 @@ def test_mixed_decoding_on_a_gpu(photos: str) -> None:
             for pixels, known in zip(batch["image"], wanted["image"], strict=True):
                 error = (pixels.cpu().permute(2, 0, 1).float() - known.float()).pow(2).mean()
                 assert error < 6.5  # PSNR 40: the GPU's decoders round differently
+
+
+@pytest.mark.gpu
+def test_mixed_batches_stay_whole_while_the_gpu_is_behind(photos: str) -> None:
+    @pipeline_def(batch_size=5, num_threads=2, device_id=0)
+    def mixed() -> Any:
+        image = fn.decoders.image(lance_reader(photos, ["image"]), device="mixed", hw_decoder_load=0.0)
+        return fn.resize(image, size=[64, 64])
+
+    with DALILanceIterator(mixed(), ["image"]) as iterator:
+        expected = []
+        for batch in iterator:
+            torch.cuda.synchronize()
+            expected.append(batch["image"].clone())
+        torch.cuda.synchronize()
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(20):
+            for batch, known in zip(iterator, expected, strict=True):
+                torch.cuda._sleep(1_000_000)
+                wrong += ((batch["image"].int() - known.int()).abs() > 8).sum()
+                batch["image"].fill_(0)
+                del batch
+        assert int(wrong) == 0
+
+
+def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the GPU: its events, and DALI's tensors."""
+    passed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = len(passed)
+            passed.append(False)
+
+        def record(self, stream: str) -> None:
+            assert stream == "current"
+
+        def query(self) -> bool:
+            return passed[self.number]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    given: list[Any] = []
+
+    def theirs(tensor: Any) -> Any:
+        given.append(SimpleNamespace(device=torch.device("cuda", 0), clone=lambda: from_dlpack(tensor).clone()))
+        return given[-1]
+
+    monkeypatch.setattr("gpuload.dali.from_dlpack", theirs)
+
+    pipeline = numbers(photos, {}, batch_size=10)
+    with DALILanceIterator(pipeline) as iterator:
+        batches = iter(iterator)
+        for k in range(3):
+            assert next(batches)["number"].tolist() == list(range(10 * k, 10 * k + 10))
+            assert [lent for _, lent in iterator._lent] == given  # the GPU is behind
+        passed[:2] = [True, True]
+        next(batches)
+        assert [lent for _, lent in iterator._lent] == given[2:]
 
 
 def test_pillow_agrees_with_the_first_picture(photos: str) -> None:

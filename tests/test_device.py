@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -96,6 +98,21 @@ def test_the_line_to_install_fits_torchs_cuda(cuda: str | None, line: str, monke
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.raises(DeviceError, match=rf'pip install "gpuload\[{line}\]"'):
         device.choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("name", ["cpu", "nvimgcodec", "dali"])
+def test_a_dataset_that_nobody_closes_takes_its_decoder_along(name: str, photos: str) -> None:
+    transforms = {"image": Image(8)}
+    dataset = LanceDataset(photos, 25, columns=["image"], transforms=transforms, device="cpu", decoder=name)
+    gc.collect()
+    gc.disable()  # on a GPU a decoder is gigabytes: it must not wait for the collector of cycles
+    try:
+        list(dataset)
+        gone = weakref.ref(dataset._decoder)
+        del dataset
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_an_unknown_decoder_is_refused_when_the_dataset_is_made(photos: str) -> None:

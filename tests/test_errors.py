@@ -91,7 +91,8 @@ def check_whole(pixels: Any, row: int, transform: Image | None, store: Store, de
         return
     path = store({"image": [FILES[row]]})
     (alone,) = LanceDataset(path, 1, transforms=transforms(transform), device=device)
-    assert torch.equal(pixels, alone["image"][0])
+    # a GPU may decode one image alone in another way than several
+    torch.testing.assert_close(pixels, alone["image"][0], rtol=0, atol=0 if device == "cpu" else 0.05)
 
 
 @kinds

@@ -18,7 +18,7 @@ from making import by_pillow, claiming, encode, jpeg, picture
 from test_images import FILES
 
 from gpuload.decode import Ragged
-from gpuload.decode.arena import RING, Lane, Lanes, Lease, Slot
+from gpuload.decode.arena import RING, Lane, Lanes, Lease, Slot, Tool
 from gpuload.decode.dali import DaliDecoder
 from gpuload.decode.lanes import LaneDecoder
 from gpuload.decode.nvimgcodec import NvImageCodecDecoder
@@ -174,7 +174,7 @@ class Always:
 
 def test_a_batch_that_all_went_to_the_host_is_told_once() -> None:
     decoder = NvImageCodecDecoder(CPU, LIMIT)
-    decoder._lanes.give(Lane(CPU, Always()))
+    decoder._lanes.give(Lane(CPU, Tool(Always())))
     with pytest.warns(RuntimeWarning, match="nvimgcodec decoded none of 5 images and the host did it"):
         found, errors = decoded(decoder, [jpeg(20, 30, i) for i in range(5)])
     assert not errors
@@ -206,8 +206,8 @@ def test_dali_orders_its_outputs_on_the_lanes_stream(monkeypatch: pytest.MonkeyP
 
     decoder = DaliDecoder(CPU, LIMIT)
     decoder._pipeline = Noted
-    lane = decoder._lanes.take()
-    lane.tool.pipeline, lane.tool.batch_size = decoder._build(2), 2
+    lane = decoder._lanes.take(decoder._lane)
+    lane.tool.made, lane.tool.images = decoder._build(2), 2
     monkeypatch.setattr(decoder, "device", torch.device("cuda", 0))
     lane.stream = SimpleNamespace(cuda_stream=77)
     assert len(decoder._decode_part(lane, [view(jpeg()), view(jpeg())])) == 2
@@ -262,22 +262,41 @@ def test_on_a_gpu_it_is_told_which_backends_and_never_the_host(
 ) -> None:
     decoder, given = on_a_gpu(monkeypatch, (201, 99, 52), parity=parity, hardware_load=0.4)
     lane = decoder._lane()
+    decoder._ready(lane, 20)
     assert [kind.name for kind, _ in given.made["backends"]] == kinds
     if not parity:
         policy = given.real.LoadHintPolicy.FIXED
         assert given.made["backends"][0][1] == {"load_hint": 0.4, "load_hint_policy": policy}
     assert given.made["options"] == f":fancy_upsampling={int(parity)}"
     assert (given.made["device_id"], given.made["max_num_cpu_threads"]) == (1, min(4, (os.cpu_count() or 2) - 1))
-    (memory,) = given.called.pop("memory")
-    assert (memory["shape"], memory["typestr"]) == ((64, 64, 3), "|u1")
-    assert memory["data"][0] == lane._slots[-1].arena(0).data_ptr()
+    memory = given.called.pop("memory")
+    assert {(one["shape"], one["typestr"]) for one in memory} == {((64, 64, 3), "|u1")}
     assert given.called == {"images on": 77, "decode on": 77, "turned": False}
     assert lane.stream.log[-1] == "wait all", "the probe's result is known before anything else is decoded"
+
+
+def test_the_first_call_of_every_decoder_is_as_large_as_the_largest_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fixes what the JPEG engine gets of a call, which must not depend on the lane."""
+    decoder, given = on_a_gpu(monkeypatch, (200, 100, 50))
+    calls = [(1, 16), (60, 64), (58, 0), (64, 0), (128, 128), (100, 0)]  # images, pictures of the first call
+    for images, pictures in calls:
+        given.called = {"memory": []}
+        lane = decoder._lanes.take(decoder._lane)
+        decoder._ready(lane, images)
+        decoder._lanes.give(lane)
+        assert len(given.called["memory"]) == pictures, images
+    one, other = (decoder._lanes.take(decoder._lane) for _ in range(2))
+    decoder._ready(one, 3)
+    assert given.called == {"memory": []}
+    decoder._ready(other, 3)
+    assert len(given.called["memory"]) == 128
 
 
 def test_a_gpu_without_nvjpeg_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = on_a_gpu(monkeypatch, None)
     with pytest.raises(DeviceError, match=r'cuda:1, got nothing: nvJPEG is missing.*"gpuload\[cuda1[23]\]"'):
+        decoder.decode([view(jpeg())])
+    with pytest.raises(DeviceError):  # and no decoder that failed is used
         decoder.decode([view(jpeg())])
 
 
@@ -345,15 +364,15 @@ def test_a_larger_arena_is_waited_for_and_a_smaller_one_is_not() -> None:
 
 def test_after_a_failure_the_whole_stream_is_waited_for() -> None:
     stream = FakeStream()
-    lanes: Lanes[None] = Lanes(lambda: Lane(CPU, None, stream))
-    lane = lanes.take()
+    lanes: Lanes[None] = Lanes()
+    lane = lanes.take(lambda: Lane(CPU, None, stream))
     for slot in (lane.slot(), lane.slot()):
         slot.arena(1)
     stream.log.clear()
     ragged = Ragged(torch.empty(0), np.zeros(0), {}, Lease(lanes, lane, slot))
     with pytest.raises(RuntimeError, match="kernel"), ragged:
         raise RuntimeError("kernel")
-    assert lanes.take() is lane
+    assert lanes.take(lambda: Lane(CPU, None, stream)) is lane
     lane.slot()
     assert stream.log == ["wait all"]  # no event says what the one that failed had started
 
@@ -371,11 +390,11 @@ def test_what_a_slot_keeps_alive_goes_when_it_is_lent_again() -> None:
 
 def test_lanes_are_made_for_calls_at_once_only() -> None:
     made: list[Lane[None]] = []
-    lanes: Lanes[None] = Lanes(lambda: made.append(Lane(CPU, None)) or made[-1])  # type: ignore[func-returns-value]
+    lanes: Lanes[None] = Lanes()
     barrier = threading.Barrier(3)
 
     def call(_: int) -> None:
-        lane = lanes.take()
+        lane = lanes.take(lambda: made.append(Lane(CPU, None)) or made[-1])  # type: ignore[func-returns-value]
         barrier.wait()
         lanes.give(lane)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -123,19 +124,30 @@ class Lane(Generic[T]):
         return torch.cuda.stream(self.stream) if self.device.type == "cuda" else nullcontext()
 
 
-class Lanes(Generic[T]):
-    """Lanes for as many calls as there are at once, made on demand and used again, across threads and epochs."""
+@dataclass
+class Tool:
+    """One lane's decoder or pipeline, and the most images a call that it was made for."""
 
-    def __init__(self, make: Callable[[], Lane[T]]) -> None:
-        self._make = make
+    made: Any = None
+    images: int = 0
+
+
+class Lanes(Generic[T]):
+    """Lanes for as many calls as there are at once, made on demand and used again, across threads and epochs.
+
+    It does not keep who makes them: a decoder whose lanes lead back to it would wait for the collector of cycles, and
+    gigabytes of a GPU with it.
+    """
+
+    def __init__(self) -> None:
         self._free: list[Lane[T]] = []
         self._lock = threading.Lock()
 
-    def take(self) -> Lane[T]:
+    def take(self, make: Callable[[], Lane[T]]) -> Lane[T]:
         with self._lock:
             if self._free:
                 return self._free.pop()
-        return self._make()
+        return make()
 
     def give(self, lane: Lane[T]) -> None:
         with self._lock:

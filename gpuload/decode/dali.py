@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image as pillow
 
 from gpuload.columns import Views
-from gpuload.decode.arena import Lane, Slot
+from gpuload.decode.arena import Lane, Slot, Tool
 from gpuload.decode.header import ends, orientation, sniff
 from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError, install
@@ -62,7 +62,7 @@ class DaliDecoder(LaneDecoder):
         self._parity, self._workers = parity, max(1, threads // calls)
 
     def _lane(self) -> Lane[Any]:
-        return Lane(self.device, _Tool())
+        return Lane(self.device, Tool())
 
     def _build(self, batch_size: int) -> Any:
         """A pipeline for batches of up to `batch_size` images."""
@@ -117,7 +117,7 @@ class DaliDecoder(LaneDecoder):
             try:
                 images = self._decode_part(lane, [claimed[i] for i in part])
             except RuntimeError as error:
-                lane.tool.pipeline = None  # "Current pipeline object is no longer valid"
+                lane.tool.made = None  # "Current pipeline object is no longer valid"
                 if "out of memory" in str(error).lower():
                     raise
                 bad, *halves = _apart(part, str(error))
@@ -134,21 +134,13 @@ class DaliDecoder(LaneDecoder):
     def _decode_part(self, lane: Lane[Any], views: list[NDArray[np.uint8]]) -> Any:
         """DALI's list of images, ordered on the lane's stream."""
         tool = lane.tool
-        if tool.pipeline is None or tool.batch_size < len(views):
-            tool.batch_size = max(tool.batch_size, len(views))
-            tool.pipeline = self._build(tool.batch_size)
-        tool.pipeline.feed_input("encoded", views)
+        if tool.made is None or tool.images < len(views):
+            tool.images = max(tool.images, len(views))
+            tool.made = self._build(tool.images)
+        tool.made.feed_input("encoded", views)
         cuda = self.device.type == "cuda"
-        (images,) = tool.pipeline.run(lane.stream.cuda_stream) if cuda else tool.pipeline.run()
+        (images,) = tool.made.run(lane.stream.cuda_stream) if cuda else tool.made.run()
         return images
-
-
-class _Tool:
-    """One lane's pipeline, and the largest batch it was built for."""
-
-    def __init__(self) -> None:
-        self.pipeline: Any = None
-        self.batch_size = 0
 
 
 def _apart(part: list[int], message: str) -> tuple[list[int], list[int], list[int]]:

@@ -40,14 +40,14 @@ class LaneDecoder:
     def __init__(self, device: torch.device, max_pixels: int, threads: int = 1) -> None:
         self.device, self._max_pixels, self._threads = device, max_pixels, threads
         self._host = Host(max_pixels)
-        self._lanes: Lanes[Any] = Lanes(self._lane)
+        self._lanes: Lanes[Any] = Lanes()
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._warned = False
 
     def decode(self, views: Views, *, orient: bool = True, crop: Crop | None = None) -> Ragged:
         """One arena with every image that could be decoded. Use it in a with block, which lends it out."""
-        lane = self._lanes.take()
+        lane = self._lanes.take(self._lane)
         try:
             with lane.current():
                 return self._decode(lane, views, orient)

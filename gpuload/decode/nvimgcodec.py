@@ -22,7 +22,7 @@ from PIL import Image as pillow
 
 from gpuload.columns import Views
 from gpuload.decode import Memory
-from gpuload.decode.arena import Lane, Slot
+from gpuload.decode.arena import Lane, Slot, Tool, empty
 from gpuload.decode.header import ends, orientation
 from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError, install
@@ -30,6 +30,7 @@ from gpuload.errors import DeviceError, install
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
 _KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`
 _COLOUR = (200, 100, 50)
+_STEP = 16  # images; large ones come in calls of slightly different sizes, and a Decoder takes long to make
 _ON_CPU = ("jpeg", "png", "webp", "tiff", "bmp", "pnm", "jpeg2k")
 
 
@@ -43,7 +44,7 @@ class NvImageCodecDecoder(LaneDecoder):
     parity : bool
         Interpolate chroma, and do not use the JPEG engine.
     hardware_load : float
-        In [0, 1]: share of a batch for the JPEG engine.
+        In [0, 1]: share of a full batch for the JPEG engine, which gets the first images of each.
     calls : int
         Calls at once.
 
@@ -76,16 +77,41 @@ class NvImageCodecDecoder(LaneDecoder):
         # Its small objects release the GIL as they are made, and two threads that make them at the same time pass it to
         # and fro for every image: without this lock the host's part of two calls takes 1.3 times as long.
         self._making = threading.Lock()
+        self._most = 0  # images a call so far
         # our own table and kernel turn the images; color_spec=SRGB gives gray images three equal channels
         self._params = self._nv.DecodeParams(apply_exif_orientation=False)
 
     def _lane(self) -> Lane[Any]:
-        """One Decoder, which two threads must never share: it then gives wrong pixels, and hangs."""
+        return Lane(self.device, Tool())
+
+    def _ready(self, lane: Lane[Any], images: int) -> None:
+        """Give the lane a Decoder for calls of so many images, unless it has one.
+
+        One for each lane, because two threads must never share one: it then gives wrong pixels, and hangs. Its first
+        call fixes, for good, how many images of a call the JPEG engine gets at most; so that call is a full one, and
+        all lanes' are of the same size, or the same batch would come out differently.
+        """
+        tool, cuda = lane.tool, lane.stream is not None
+        if not cuda:
+            tool.made = tool.made or self._decoder(cuda)
+            return
+        with self._making:
+            images = self._most = max(self._most, -(-images // _STEP) * _STEP)
+        if tool.made is not None and tool.images >= images:
+            return
+        lane.stream.synchronize()
+        tool.made, tool.images = self._decoder(cuda), images
+        try:
+            self._probe(lane, images)
+        except BaseException:
+            tool.made = None
+            raise
+
+    def _decoder(self, cuda: bool) -> Any:
         nv = self._nv
-        if self.device.type == "cpu":
+        if not cuda:
             only = [nv.Backend(nv.BackendKind.CPU_ONLY)]
-            tool = nv.Decoder(device_id=nv.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=only)
-            return Lane(self.device, tool)
+            return nv.Decoder(device_id=nv.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=only)
         kinds = nv.BackendKind  # without CPU_ONLY: a missing libnvjpeg must not become silent decoding on the host
         backends = [nv.Backend(kinds.GPU_ONLY), nv.Backend(kinds.HYBRID_CPU_GPU)]
         if self._load > 0:
@@ -93,23 +119,21 @@ class NvImageCodecDecoder(LaneDecoder):
             backends.insert(0, nv.Backend(kinds.HW_GPU_ONLY, load_hint=self._load, load_hint_policy=policy))
         options = f":fancy_upsampling={int(self._parity)}"
         index = self.device.index or 0
-        tool = nv.Decoder(device_id=index, max_num_cpu_threads=self._workers, backends=backends, options=options)
-        lane = Lane(self.device, tool)
-        self._probe(lane)
-        return lane
+        return nv.Decoder(device_id=index, max_num_cpu_threads=self._workers, backends=backends, options=options)
 
-    def _probe(self, lane: Lane[Any]) -> None:
-        """Decode one small picture: a libnvjpeg that is missing shows only in its result, and only the pixels show that
-        they are where they were asked for."""
-        file = io.BytesIO()
+    def _probe(self, lane: Lane[Any], images: int) -> None:
+        """The first call: small pictures. A libnvjpeg that is missing shows only in its result, and only the pixels
+        show that they are where they were asked for."""
+        file, size = io.BytesIO(), 64 * 64 * 3
         pillow.new("RGB", (64, 64), _COLOUR).save(file, "JPEG")
         view = np.frombuffer(file.getvalue(), np.uint8)
         with lane.current():
-            arena = lane.slot().arena(64 * 64 * 3)
-            (image,) = self._decode_to(lane, [self._nv.CodeStream(view)], [(arena.data_ptr(), (64, 64, 3))])
+            memory = empty(images * size, lane.device, "the first pictures")
+            places = [(memory.data_ptr() + i * size, (64, 64, 3)) for i in range(images)]
+            decoded = self._decode_to(lane, [self._nv.CodeStream(view) for _ in places], places)
             lane.stream.synchronize()
-            pixels = arena[: 64 * 64 * 3].view(-1, 3).cpu()
-        if image is None:
+            pixels = memory.view(-1, 3).cpu()
+        if any(image is None for image in decoded):
             raise DeviceError(
                 f"Expected nvImageCodec to decode a JPEG file on {self.device}, got nothing: nvJPEG is missing or does "
                 f'not fit the driver. Do: {install("cuda")}, or decoder="cpu".'
@@ -148,6 +172,7 @@ class NvImageCodecDecoder(LaneDecoder):
         return claimed
 
     def _run(self, lane: Lane[Any], slot: Slot, table: NDArray[np.void], claimed: dict[int, Any]) -> list[int]:
+        self._ready(lane, len(table))
         start, rows = slot.arena(0).data_ptr(), table[list(claimed)]
         columns = (rows[name].tolist() for name in ("offset", "height", "width"))
         places = [(start + offset, (height, width, 3)) for offset, height, width in zip(*columns, strict=True)]
@@ -159,7 +184,7 @@ class NvImageCodecDecoder(LaneDecoder):
     def _decode_to(self, lane: Lane[Any], streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
         """Put on the lane's stream; images or None. A place is (address, (height, width, 3))."""
         images, stream = self._images(lane, places), lane.stream.cuda_stream if lane.stream is not None else 0
-        decoded: list[Any] = lane.tool.decode(streams, images=images, params=self._params, cuda_stream=stream)
+        decoded: list[Any] = lane.tool.made.decode(streams, images=images, params=self._params, cuda_stream=stream)
         return decoded
 
     def _images(self, lane: Lane[Any], places: list[tuple[int, Any]]) -> list[Any]:
