@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -86,3 +87,13 @@ def by_row(batches: Any, column: str) -> dict[int, Any]:
                 assert row not in found, f"row {row} came twice"
                 found[row] = value.cpu() if isinstance(value, torch.Tensor) else value
     return found
+
+
+def stop_workers(running: Any) -> None:
+    """End the workers of a DataLoader's iterator at once.
+
+    One that is sending a tensor may abort: before Python 3.14 a thread that asks for the GIL while the process ends is
+    unwound, here through torch's C++. torch reports that as an error of the worker.
+    """
+    with contextlib.suppress(RuntimeError):
+        running._shutdown_workers()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import stop_workers
 from support_samplers import ELASTIC, EVERY, SHARDED, gpuload_threads, python, real_ids, write, write_images
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -545,7 +546,7 @@ def test_a_stateful_data_loader_with_workers_goes_on(rows: Any) -> None:
     for _ in range(7):  # an odd number: the workers are not in step
         next(running)
     state = reopened(loader.state_dict())
-    running._shutdown_workers()
+    stop_workers(running)
     other = stateful(rows, 2, "spawn")
     other.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(list(other), expected[7:], strict=True))
@@ -564,7 +565,7 @@ def test_a_stateful_data_loader_with_workers_goes_on_and_on(rows: Any, quick: An
         running = iter(loader)
         found += [batch for _, batch in zip(range(steps), running, strict=False)]
         state = reopened(loader.state_dict())
-        running._shutdown_workers()
+        stop_workers(running)
         loader = stateful(rows, 3, quick, world - 1, world)
         loader.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))

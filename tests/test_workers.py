@@ -10,6 +10,7 @@ import lance.sampler
 import pytest
 import torch
 import torch.distributed
+from making import stop_workers
 from support_samplers import EVERY, SHARDED, python, real_ids, write
 from torch.utils.data import DataLoader
 
@@ -57,7 +58,7 @@ def test_a_place_that_only_workers_know_is_not_saved_as_the_start(rows: str, qui
         next(running)
     with pytest.raises(StateError, match="StatefulDataLoader"):
         dataset.state_dict()
-    running._shutdown_workers()  # type: ignore[attr-defined]
+    stop_workers(running)
     dataset.set_epoch(1)  # a new epoch, of which nothing was taken
     assert dataset.state_dict()["step"] == 0
     next(iter(dataset))
@@ -98,7 +99,7 @@ def test_workers_that_persist_see_set_epoch(rows: str, quick: Any, given: bool) 
         assert places(found) == places(list(dataset))
         epochs.append(real_ids(found))
     assert epochs[0] == epochs[3] != epochs[1] != epochs[2]
-    workers._iterator._shutdown_workers()  # type: ignore[union-attr]
+    stop_workers(workers._iterator)
 
 
 def test_workers_see_the_epoch_of_a_sampler_that_was_told(rows: str, quick: Any) -> None:
