@@ -269,7 +269,9 @@ class DALILanceIterator:
         self._source.load_state_dict(saved)
 
     def close(self) -> None:
-        """End the threads of the source."""
+        """End the threads of the source, once the GPU has read what DALI lent."""
+        while self._lent:
+            self._lent.popleft()[0].synchronize()
         if self._broken is None:
             self.reset()
         self._source.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -193,9 +194,7 @@ class Pipeline:
 
     def _cut(self, draft: Draft) -> list[Slice]:
         """The slices of the batch, which threads fill independently of each other."""
-        cuda, shared = self._side.cuda, -(-len(draft.rows) // (2 * self._threads))
-        rows, most = (len(draft.rows), _CUDA_SLICE_BYTES) if cuda else (min(_SLICE_ROWS, shared), _SLICE_BYTES)
-        slices = [Slice(draft, None)] if cuda else []  # what is no image has a way of its own
+        slices = [Slice(draft, None)] if self._side.cuda else []  # what is no image has a way of its own
         for column in self._images:
             views = draft.views[column.name]
             if isinstance(column.transform, Image) and column.transform.shape:
@@ -203,9 +202,11 @@ class Pipeline:
                     self._room(draft, column.name, column.transform)
             else:
                 draft.columns[column.name] = [None] * len(views)
+            sizes = [0 if view is None else len(view) for view in views]
+            rows, most = self._slice(sizes)
             lo, size = 0, 0
-            for i, view in enumerate(views):
-                size += 0 if view is None else len(view)
+            for i, this in enumerate(sizes):
+                size += this
                 if i + 1 - lo >= rows or size >= most or i + 1 == len(views):
                     slices.append(Slice(draft, column, lo, i + 1, size))
                     lo, size = i + 1, 0
@@ -213,6 +214,18 @@ class Pipeline:
         draft.slices = len(slices)
         self._in_flight += 1
         return slices
+
+    def _slice(self, sizes: list[int]) -> tuple[int, int]:
+        """Images and bytes of a slice at most.
+
+        On a GPU the whole batch, or a half, a quarter, an eighth of it: a decoder there is made for calls of one size.
+        """
+        if not self._side.cuda:
+            return min(_SLICE_ROWS, -(-len(sizes) // (2 * self._threads))), _SLICE_BYTES
+        parts = 1
+        while sum(sizes) > parts * _CUDA_SLICE_BYTES and parts < len(sizes):
+            parts *= 2
+        return -(-len(sizes) // parts), sys.maxsize
 
     def _room(self, draft: Draft, name: str, image: Image) -> Any:
         """Where the pixels of a column go: allocated by the slice that comes first, on its stream."""

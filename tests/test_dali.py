@@ -433,7 +433,8 @@ def test_mixed_decoding_on_a_gpu(photos: str) -> None:
     @pipeline_def(batch_size=8, num_threads=2, device_id=0)
     def mixed() -> Any:
         image, number = lance_reader(photos, ["image", "number"], shuffle=True)
-        return fn.decoders.image(image, device="mixed", jpeg_fancy_upsampling=True), number.gpu()
+        pixels = fn.decoders.image(image, device="mixed", jpeg_fancy_upsampling=True, hw_decoder_load=0.0)
+        return pixels, number.gpu()
 
     with DALILanceIterator(mixed()) as iterator:
         for batch, wanted in zip(iterator, LanceDataset(photos, 8, shuffle=True, device="cpu"), strict=True):
@@ -483,6 +484,9 @@ def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, mon
         def query(self) -> bool:
             return passed[self.number]
 
+        def synchronize(self) -> None:
+            passed[self.number] = True
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     given: list[Any] = []
 
@@ -501,6 +505,8 @@ def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, mon
         passed[:2] = [True, True]
         next(batches)
         assert [lent for _, lent in iterator._lent] == given[2:]
+    assert not iterator._lent
+    assert all(passed), "closing waits for those who read"
 
 
 def test_pillow_agrees_with_the_first_picture(photos: str) -> None:

@@ -225,10 +225,15 @@ def test_on_a_gpu_a_column_is_one_slice_and_the_consumer_waits_for_all(
 def test_on_a_gpu_large_batches_are_cut_and_slices_wait_for_the_memory(
     photos: str, noted: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_CUDA_SLICE_BYTES", 2000)
+    monkeypatch.setattr(pipeline, "_CUDA_SLICE_BYTES", 12000)
     options: dict[str, Any] = {"transforms": {"image": Image(24)}, "columns": ["image"], "device": "cpu"}
     dataset = LanceDataset(photos, 50, decoder="nvimgcodec", num_threads=2, **options)
+    calls: list[int] = []
+    decoder = dataset._decode_with()
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda views, **how: calls.append(len(views)) or decode(views, **how))
     (batch,) = dataset
+    assert sorted(calls) == [1, 7, 7, 7, 7, 7, 7, 7], "eighths: a decoder is made for calls of one size"
     ((_, events),) = [note for note in noted if note[0] == "hand over"]
     assert len(events) > 5
     waited = [event for what, event in noted if what == "share"]

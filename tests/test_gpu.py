@@ -23,7 +23,7 @@ from gpuload.decode import IMAGE_ROW, Decoder, Ragged
 from gpuload.device import make_decoder
 from gpuload.resize import resize_normalize, resize_twin
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.gpu
 
 DECODERS = ["nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity", "cpu"]
 # What a GPU's JPEG may differ from Pillow, by mode: (lowest PSNR in dB, largest difference in grey levels).

@@ -44,7 +44,7 @@ class NvImageCodecDecoder(LaneDecoder):
     parity : bool
         Interpolate chroma, and do not use the JPEG engine.
     hardware_load : float
-        In [0, 1]: share of a full batch for the JPEG engine, which gets the first images of each.
+        In [0, 1]: share of a full batch for the JPEG engine, which gets the largest images.
     calls : int
         Calls at once.
 
