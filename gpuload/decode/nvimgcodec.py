@@ -29,8 +29,8 @@ from gpuload.errors import DeviceError, install
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
 _KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`
-_COLOUR = (200, 100, 50)
-_STEP = 16  # images; large ones come in calls of slightly different sizes, and a Decoder takes long to make
+_COLOUR = (200, 100, 50)  # of the first pictures
+_STEP = 16  # images; a Decoder takes too long to make to have a new one for a few images more
 _ON_CPU = ("jpeg", "png", "webp", "tiff", "bmp", "pnm", "jpeg2k")
 
 
