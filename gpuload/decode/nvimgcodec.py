@@ -128,7 +128,8 @@ class NvImageCodecDecoder(LaneDecoder):
         pillow.new("RGB", (64, 64), _COLOUR).save(file, "JPEG")
         view = np.frombuffer(file.getvalue(), np.uint8)
         with lane.current():
-            memory = empty(images * size, lane.device, "the first pictures")
+            memory = empty(images * size, lane.device, "the first pictures").zero_()  # it may hold earlier ones
+            lane.stream.synchronize()
             places = [(memory.data_ptr() + i * size, (64, 64, 3)) for i in range(images)]
             decoded = self._decode_to(lane, [self._nv.CodeStream(view) for _ in places], places)
             lane.stream.synchronize()
