@@ -24,8 +24,9 @@ from gpu_cases import CASES, SWEEP, Pass, Setup, kernel_bandwidth
 from rich.console import Console
 from rich.table import Table
 
+# of all cases, those for every batch size, and those in the first group alone
 KEY = ("limit: decode", "limit: decode and kernel", "gpuload nvimgcodec", "dali pipeline 0.65", "dali pipeline 0.9")
-ONCE = ("lance.torch.data, workers", "training: synthetic", "training: fed", *SWEEP)  # in the first group alone
+ONCE = ("lance.torch.data, workers", "training: synthetic", "training: fed", *SWEEP)
 
 
 def measure(case: Pass, setup: Setup) -> float:
@@ -107,13 +108,15 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "gpu", "date": datetime.date.today().isoformat()}
     report |= {"machine": machine(settings.device), "settings": dict(vars(settings)), "groups": {}}
     sizes, batch_sizes = [float(v) for v in settings.megapixels.split(",")], settings.batch_sizes.split(",")
-    plan = [(size, min(int(batch_sizes[0]), 32 if size > 4 else 1 << 20), ONCE) for size in sizes]
-    plan += [(sizes[0], int(b), tuple(set(every) - set(KEY))) for b in batch_sizes[1:]]
-    for i, (megapixels, batch_size, without) in enumerate(plan):
+    first, rest, key = chosen, [n for n in chosen if n not in ONCE], [n for n in chosen if n in KEY]
+    plan = [(size, int(batch_sizes[0]), rest if i else first) for i, size in enumerate(sizes)]
+    plan = [(size, min(batch, 32) if size > 4 else batch, names) for size, batch, names in plan]
+    plan += [(sizes[0], int(batch), key) for batch in batch_sizes[1:]]
+    for i, (megapixels, batch_size, names) in enumerate(plan):
         setup = Setup(settings, megapixels, batch_size)
         if i == 1:
             settings.rounds, settings.seconds = min(settings.rounds, 2), min(settings.seconds, 1.0)
-        cases = group(setup, [name for name in chosen if i == 0 or name not in without], console)
+        cases = group(setup, names, console)
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()

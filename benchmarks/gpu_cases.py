@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gpuload import Image, LanceDataset
-from gpuload.decode import IMAGE_ROW, Memory, Ragged, lay_out
+from gpuload.decode import IMAGE_ROW, Ragged, lay_out
 from gpuload.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.resize import resize_normalize
 
@@ -122,16 +122,14 @@ def decode_only(calls: int = 2, load: float | None = None) -> Callable[[Setup], 
             with lane.current():
                 maker._ready(lane, len(batch))
                 slot, table = lane.slot(), np.zeros(len(batch), IMAGE_ROW)
-                streams = [nv.CodeStream(view) for view in batch]
+                with maker._making:  # the limit, too, is without threads that pass the GIL to and fro
+                    streams = [nv.CodeStream(view) for view in batch]
                 table["height"], table["width"] = [s.height for s in streams], [s.width for s in streams]
                 table["pitch"] = table["width"] * 3
                 start = slot.arena(lay_out(table, range(len(batch)))).data_ptr()
                 shapes = zip(table["offset"].tolist(), table["height"].tolist(), table["width"].tolist(), strict=True)
-                memory = [Memory(start + at, (h, w, 3), None, cuda) for at, h, w in shapes]
-                stream = lane.stream.cuda_stream if cuda else 0
-                images = nv.as_images(memory, cuda_stream=stream)
-                done = lane.tool.made.decode(streams, images=images, params=maker._params, cuda_stream=stream)
-                slot.keep += [streams, images]
+                done = maker._decode_to(lane, streams, [(start + at, (h, w, 3)) for at, h, w in shapes])
+                slot.keep += [streams, done]
                 slot.done()
             maker._lanes.give(lane)
             return sum(image is not None for image in done)

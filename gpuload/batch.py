@@ -12,7 +12,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from gpuload.errors import ConfigError
 
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 
 
 class Batch(dict[str, Any]):

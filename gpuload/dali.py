@@ -17,6 +17,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from gpuload.batch import Batch
+from gpuload.decode.arena import event
 from gpuload.errors import ConfigError, DeviceError
 from gpuload.transforms import Text
 from gpuload.undecoded import Feed, Undecoded, addresses
@@ -302,9 +303,8 @@ class DALILanceIterator:
         if found.device.type == "cpu":
             return found.clone() if found.data_ptr() in theirs else found
         # DALI takes memory back with its last tensor and does not ask torch's streams: the loop gets torch's own
-        ours, event = found.clone(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(found.device))
-        self._lent.append((event, found))
+        ours = found.clone()
+        self._lent.append((torch.cuda.current_stream(found.device).record_event(event(found.device)), found))
         return ours
 
 

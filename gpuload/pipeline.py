@@ -222,8 +222,8 @@ class Pipeline:
         """
         if not self._side.cuda:
             return min(_SLICE_ROWS, -(-len(sizes) // (2 * self._threads))), _SLICE_BYTES
-        parts = 1
-        while sum(sizes) > parts * _CUDA_SLICE_BYTES and parts < len(sizes):
+        size, parts = sum(sizes), 1
+        while size > parts * _CUDA_SLICE_BYTES and parts < len(sizes):
             parts *= 2
         return -(-len(sizes) // parts), sys.maxsize
 

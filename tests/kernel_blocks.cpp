@@ -75,7 +75,8 @@ __attribute__((noinline)) static void __syncthreads() {
   swapcontext(&running->context, &scheduler);
 }
 
-// Launches one kernel; `order` is 0 (ascending), 1 (descending) or 2 (shuffled). Returns 0, or 1 for a divergent barrier.
+// Launches one kernel; `order` is 0 (ascending), 1 (descending) or 2 (shuffled). Returns 0, 1 for a
+// divergent barrier, 2 for a name that there is not.
 extern "C" int launch(const char* name, int grid_x, int grid_y, int threads, int order, const Row* rows, void* out,
                       i64 count, int out_h, int out_w, int channels, i64 sn, i64 sc, i64 sy, i64 sx, const float* s) {
   fibres.resize(threads);

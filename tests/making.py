@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
 import warnings
@@ -95,5 +94,8 @@ def stop_workers(running: Any) -> None:
     One that is sending a tensor may abort: before Python 3.14 a thread that asks for the GIL while the process ends is
     unwound, here through torch's C++. torch reports that as an error of the worker.
     """
-    with contextlib.suppress(RuntimeError):
+    try:
         running._shutdown_workers()
+    except RuntimeError as error:
+        if "Aborted" not in str(error):
+            raise

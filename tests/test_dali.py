@@ -471,15 +471,12 @@ def test_mixed_batches_stay_whole_while_the_gpu_is_behind(photos: str) -> None:
 def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the GPU: its events, and DALI's tensors."""
     passed: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
 
     class Event:
-        def __init__(self) -> None:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking, "who waits for it does not spin"
             self.number = len(passed)
             passed.append(False)
-
-        def record(self, stream: str) -> None:
-            assert stream == "current"
 
         def query(self) -> bool:
             return passed[self.number]
@@ -488,6 +485,8 @@ def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, mon
             passed[self.number] = True
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    stream = SimpleNamespace(record_event=lambda event: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     given: list[Any] = []
 
     def theirs(tensor: Any) -> Any:

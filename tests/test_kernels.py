@@ -264,7 +264,8 @@ def test_blocks_of_many_threads_do_what_a_block_of_one_does(
         pointer, i64 = ctypes.c_void_p, ctypes.c_int64
         shape = (pointer(rows), pointer(out), i64(count), height, width, channels, *map(i64, strides))
         how = ["ascending", "descending", "shuffled"].index(order)
-        assert blocks.launch(name.encode(), grid[0], min(grid[1], 5), block[0], how, *shape, affine) == 0
+        images = min(grid[1], 5)  # fewer than there are: a block goes on to another image
+        assert blocks.launch(name.encode(), grid[0], images, block[0], how, *shape, affine) == 0
 
     stand_in(monkeypatch, launch)
     library = kernels.load(build(FOLDER / "resize_cpu.cpp"))
