@@ -93,7 +93,7 @@ def line(threads: int) -> harness.Case:
 def captions(settings: Any) -> harness.Job:
     """Captions to ids and mask."""
     from gpuload import Text
-    from gpuload.text import Tokens
+    from gpuload.fields.text import Tokens
 
     tokens, texts = Tokens(Text("bytes", max_length=77)), [f"{'a caption ' * (3 + i % 9)}" for i in range(CALL)]
     return lambda: (len(tokens(texts)[0]) for _ in range(max(1, settings.rows // CALL)))

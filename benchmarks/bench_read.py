@@ -15,7 +15,7 @@ import pyarrow as pa
 
 def touch(column: Any) -> int:
     """Read one byte of every page of a binary column; rows in it."""
-    from gpuload.columns import byte_views
+    from gpuload.fields.columns import byte_views
 
     chunked = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
     for view in byte_views(chunked):

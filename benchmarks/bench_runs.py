@@ -20,7 +20,7 @@ def runs(length: int, scan: bool) -> harness.Case:
     """Batches made of runs of `length` rows in a random order; the last incomplete one is left out."""
 
     def case(settings: Any) -> harness.Job:
-        from gpuload import source
+        from gpuload.tables import lance as source
 
         source._SCAN_RUN = 1 if scan else settings.rows + 1
         dataset = source.Source(data.dataset(settings, settings.version), columns=["image"])

@@ -27,7 +27,7 @@ def encoded(folder: str | None) -> list[tuple[bytes, str]]:
     if folder:
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
         return [(path.read_bytes(), path.stem.partition("_")[2].replace("_", " ") or path.stem) for path in files]
-    from gpuload.demo import pictures
+    from gpuload.tools.demo import pictures
 
     found = []
     for picture, caption in pictures(256, 0):

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from gpuload import Image, LanceDataset
-from gpuload.decode import IMAGE_ROW, Ragged, lay_out
-from gpuload.decode.nvimgcodec import NvImageCodecDecoder
-from gpuload.resize import resize_normalize
+from gpuload.images.decode import IMAGE_ROW, Ragged, lay_out
+from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.resize import resize_normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE = Image(224, crop="random", flip=0.5, mean=MEAN, std=STD, dtype=torch.float16)

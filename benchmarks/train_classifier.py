@@ -17,7 +17,7 @@ import training
 from torch import nn
 
 from gpuload import Batch, Image, LanceDataset
-from gpuload.demo import BACKGROUNDS
+from gpuload.tools.demo import BACKGROUNDS
 
 
 class Residual(nn.Module):

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from gpuload import Batch, Image, LanceDataset, Text
-from gpuload.demo import BACKGROUNDS, COLOURS, FILLINGS, KINDS, PLACES, SIZES
+from gpuload.tools.demo import BACKGROUNDS, COLOURS, FILLINGS, KINDS, PLACES, SIZES
 
 
 def words() -> Tokenizer:

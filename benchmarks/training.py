@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuload import Batch, LanceDataset
-from gpuload.demo import write_demo
+from gpuload.tools.demo import write_demo
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 

@@ -12,8 +12,8 @@ from gpuload.errors import (
     StateError,
     TextError,
 )
-from gpuload.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
-from gpuload.transforms import Image, Text
+from gpuload.images.transform import Image, Text
+from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 
 __version__ = "0.1.0"
 

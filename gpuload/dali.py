@@ -17,10 +17,10 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from gpuload.batch import Batch
-from gpuload.decode.arena import event
 from gpuload.errors import ConfigError, DeviceError
-from gpuload.transforms import Text
-from gpuload.undecoded import Feed, Undecoded, addresses
+from gpuload.feed import Feed, Undecoded, addresses
+from gpuload.images.decode.arena import event
+from gpuload.images.transform import Text
 
 try:
     from nvidia.dali import Pipeline, fn, types

@@ -17,21 +17,22 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import IterableDataset
 
-from gpuload import resize, state
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
-from gpuload.decode import Decoder
-from gpuload.decode.cpu import MAX_PIXELS
 from gpuload.device import calls_at_once, check_words, choose_device, describe, make_decoder, threads_here
-from gpuload.epochs import Epochs
 from gpuload.errors import ConfigError, expect_counts
-from gpuload.foreign import raw_batches
+from gpuload.fields.schema import Column, resolve
+from gpuload.fields.text import Tokens
+from gpuload.images import resize
+from gpuload.images.decode import Decoder
+from gpuload.images.decode.cpu import MAX_PIXELS
+from gpuload.images.transform import Image, Text
+from gpuload.order import state
+from gpuload.order.epochs import Epochs
+from gpuload.order.foreign import raw_batches
+from gpuload.order.ranks import Ranks
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline
-from gpuload.ranks import Ranks
-from gpuload.schema import Column, resolve
-from gpuload.source import Source, check_fork, lance_running
-from gpuload.text import Tokens
-from gpuload.transforms import Image, Text
+from gpuload.tables.lance import Source, check_fork, lance_running
 
 _DEFAULT: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 

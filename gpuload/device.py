@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from gpuload.decode import Decoder
-from gpuload.decode.cpu import CpuDecoder
-from gpuload.decode.dali import DaliDecoder
-from gpuload.decode.lanes import LaneDecoder
-from gpuload.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.errors import ConfigError, DeviceError, install
+from gpuload.images.decode import Decoder
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.decode.dali import DaliDecoder
+from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 
 DECODERS = ("auto", "cpu", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity")
 CALLS = 2  # to a decoder of a GPU at once: one lays out and submits while the other's images are decoded

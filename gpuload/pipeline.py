@@ -24,18 +24,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from gpuload import resize
 from gpuload.batch import Batch
 from gpuload.clock import Clock
-from gpuload.columns import Views, byte_views, image_bytes, strings, to_tensor
-from gpuload.decode import Crop, Decoder, Ragged
-from gpuload.decode.encoded import Encoded
 from gpuload.device import Side, one_torch_thread, span
 from gpuload.errors import DecodeError, RowError, TextError
-from gpuload.schema import Column
+from gpuload.fields.columns import Views, byte_views, image_bytes, strings, to_tensor
+from gpuload.fields.schema import Column
+from gpuload.fields.text import Tokens
+from gpuload.images import resize
+from gpuload.images.decode import Crop, Decoder, Ragged
+from gpuload.images.decode.encoded import Encoded
+from gpuload.images.transform import Image
 from gpuload.stages import Budget, flat_map, ordered_map
-from gpuload.text import Tokens
-from gpuload.transforms import Image
 
 READ_THREADS = 2
 _SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena

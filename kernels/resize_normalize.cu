@@ -10,7 +10,7 @@
 // Filter: Pillow's BILINEAR resize(box=): a triangle of half-width max(1, step) source pixels around each output's
 // centre, cut at the image's edge, divided by its sum. Centres are computed in double: in float they would be off by
 // 5e-4 pixels at pixel 8000, an eighth of a grey level at an edge. Offsets inside one window are float.
-// Torch twin: gpuload.resize.resize_twin.
+// Torch twin: gpuload.images.resize.resize_twin.
 //
 // Orientation costs nothing to read: the filter is separable and symmetric, so the image is resized as it is stored,
 // rows along memory, and only the place of each output is turned or mirrored. Orientations 5 to 8 therefore write

@@ -17,9 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import gpuload.errors
-from gpuload.cli import app
-from gpuload.demo import BACKGROUNDS, pictures
-from gpuload.sheet import GAP
+from gpuload.tools.cli import app
+from gpuload.tools.demo import BACKGROUNDS, pictures
+from gpuload.tools.sheet import GAP
 
 Run = Callable[..., Result]
 
@@ -211,7 +211,7 @@ def test_as_a_program() -> None:
     code = """import sys, types
 package = sys.modules["gpuload"] = types.ModuleType("gpuload")
 package.__path__ = [sys.argv[1]]
-from gpuload.cli import app
+from gpuload.tools.cli import app
 try: app(["--help"])
 except SystemExit: print(sorted({"torch", "lance", "pyarrow", "numpy"} & set(sys.modules)))"""
     folder = str(Path(gpuload.errors.__file__).parent)
@@ -219,7 +219,10 @@ except SystemExit: print(sorted({"torch", "lance", "pyarrow", "numpy"} & set(sys
     assert "ingest" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     missing = subprocess.run(
-        [sys.executable, "-m", "gpuload.cli", "inspect", "/nowhere/x.lance"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "gpuload.tools.cli", "inspect", "/nowhere/x.lance"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (missing.returncode, missing.stdout) == (1, "")
     assert missing.stderr.startswith("gpuload: Expected a Lance dataset at '/nowhere/x.lance'")

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from gpuload import Image, LanceDataset, Text
-from gpuload.bench import advice
-from gpuload.cli import app
 from gpuload.clock import Clock, bottleneck, clocks, share
 from gpuload.stages import ordered_map
-from gpuload.trace import Trace
+from gpuload.tools.bench import advice
+from gpuload.tools.cli import app
+from gpuload.tools.trace import Trace
 
 
 def loaded(photos: str, pause: float = 0.0, **options: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from making import captions, encode, jpeg, picture
 
 from gpuload import Batch, ConfigError, DeviceError, FullScanSampler, Image, LanceDataset, Text
-from gpuload.source import Source
+from gpuload.tables.lance import Source
 
 Store = Callable[..., str]
 WHOLE: dict[str, Any] = {"image": Image(16), "prompt": Text("bytes")}
@@ -168,15 +168,15 @@ class Broken(Exception):
 
 
 STAGES = {
-    "read": "gpuload.source.Source.read",
+    "read": "gpuload.tables.lance.Source.read",
     "views": "gpuload.pipeline.byte_views",
     "numbers": "gpuload.pipeline.to_tensor",
-    "tokens": "gpuload.text.Tokens.__call__",
-    "decode": "gpuload.decode.cpu.CpuDecoder.decode",
-    "resize": "gpuload.resize.resize_normalize",
-    "regions": "gpuload.transforms.Image.regions",
-    "plan": "gpuload.samplers.Plan.ranges",
-    "positions": "gpuload.source.Source.positions",
+    "tokens": "gpuload.fields.text.Tokens.__call__",
+    "decode": "gpuload.images.decode.cpu.CpuDecoder.decode",
+    "resize": "gpuload.images.resize.resize_normalize",
+    "regions": "gpuload.images.transform.Image.regions",
+    "plan": "gpuload.order.samplers.Plan.ranges",
+    "positions": "gpuload.tables.lance.Source.positions",
     "finish": "gpuload.pipeline.Pipeline._finish",
     "hand_over": "gpuload.device.Side.hand_over",
 }

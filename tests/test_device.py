@@ -17,10 +17,10 @@ import torch
 from making import by_row, encode, jpeg, picture
 
 from gpuload import ConfigError, DeviceError, Image, LanceDataset, Text, device, pipeline
-from gpuload.decode.cpu import CpuDecoder
-from gpuload.decode.dali import DaliDecoder
-from gpuload.decode.lanes import LaneDecoder
-from gpuload.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.decode.dali import DaliDecoder
+from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 Store = Callable[..., str]

@@ -19,9 +19,9 @@ from making import by_pillow, captions, encode, jpeg, picture
 from test_images import FILES
 
 from gpuload import Image, LanceDataset, Text
-from gpuload.decode import IMAGE_ROW, Decoder, Ragged
 from gpuload.device import make_decoder
-from gpuload.resize import resize_normalize, resize_twin
+from gpuload.images.decode import IMAGE_ROW, Decoder, Ragged
+from gpuload.images.resize import resize_normalize, resize_twin
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image as pillow
 
-from gpuload.decode.encoded import Encoded
-from gpuload.decode.header import ends, has_end, jpeg_orientation
+from gpuload.images.decode.encoded import Encoded
+from gpuload.images.decode.header import ends, has_end, jpeg_orientation
 
 
 def jpeg(exif: bytes = b"") -> bytes:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from making import by_pillow, by_row, claiming, encode, jpeg, picture, png
 
 from gpuload import Image, LanceDataset
-from gpuload.decode.region import library
+from gpuload.images.decode.region import library
 
 Store = Callable[..., str]
 LEVELS = 1.01 / 255  # Pillow rounds to 8 bits after each of its two passes, gpuload once at the end

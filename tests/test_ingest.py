@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gpuload import ingest as module
 from gpuload.errors import ConfigError
-from gpuload.folder import Folder, Row, why_no_image
-from gpuload.ingest import image_schema, ingest, write
+from gpuload.tools import ingest as module
+from gpuload.tools.folder import Folder, Row, why_no_image
+from gpuload.tools.ingest import image_schema, ingest, write
 
 
 def encoded(colour: int, kind: str = "JPEG", size: tuple[int, int] = (8, 6)) -> bytes:

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from gpuload import kernels
-from gpuload.decode import IMAGE_ROW, Ragged
-from gpuload.resize import _affine, _rows, resize_normalize, resize_twin
-from gpuload.transforms import IMAGE_DTYPES, Image
+from gpuload.images.decode import IMAGE_ROW, Ragged
+from gpuload.images.resize import _affine, _rows, resize_normalize, resize_twin
+from gpuload.images.transform import IMAGE_DTYPES, Image
 
 # Against the twin, in units of the value range: both compute in float32 with weights of 2^-24 relative precision,
 # some hundred terms each; then one unit in the last place of the type, because either may round the other way.

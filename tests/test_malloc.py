@@ -12,7 +12,7 @@ import pytest
 _COUNT = """
 import resource
 import numpy as np
-from gpuload import malloc
+from gpuload.tables import malloc
 
 print(malloc.tune(), malloc.tune())
 np.ones(4 << 20)

@@ -17,12 +17,12 @@ import torch
 from making import by_pillow, claiming, encode, jpeg, picture
 from test_images import FILES
 
-from gpuload.decode import Ragged
-from gpuload.decode.arena import RING, Lane, Lanes, Lease, Slot, Tool
-from gpuload.decode.dali import DaliDecoder
-from gpuload.decode.lanes import LaneDecoder
-from gpuload.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.errors import DeviceError
+from gpuload.images.decode import Ragged
+from gpuload.images.decode.arena import RING, Lane, Lanes, Lease, Slot, Tool
+from gpuload.images.decode.dali import DaliDecoder
+from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 
 CPU = torch.device("cpu")
 LIMIT = 1_000_000
@@ -251,7 +251,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, **options: Any) -> tu
     decoder.device = torch.device("cuda", 1)
     stream = FakeStream()
     stream.cuda_stream = 77  # type: ignore[attr-defined]
-    monkeypatch.setattr("gpuload.decode.nvimgcodec.Lane", lambda device, tool: Lane(CPU, tool, stream))
+    monkeypatch.setattr("gpuload.images.decode.nvimgcodec.Lane", lambda device, tool: Lane(CPU, tool, stream))
     return decoder, given
 
 

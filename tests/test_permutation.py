@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuload import ShuffleSampler
-from gpuload.permutation import Permutation
-from gpuload.philox import philox4x32, uniform
+from gpuload.order.permutation import Permutation
+from gpuload.order.philox import philox4x32, uniform
 
 SEEDS = st.integers(0, 2**64 - 1)
 EPOCHS = st.integers(0, 2**32 - 1)

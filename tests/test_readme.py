@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpuload import Image, LanceDataset
-from gpuload.demo import write_demo
+from gpuload.tools.demo import write_demo
 
 README = Path(__file__).parent.parent / "README.md"
 ROWS = 140

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from making import by_pillow, encode, jpeg, picture
 
 from gpuload import Image
-from gpuload.decode import IMAGE_ROW, Crop, Ragged, region
-from gpuload.decode.cpu import CpuDecoder
-from gpuload.resize import resize_normalize
+from gpuload.images.decode import IMAGE_ROW, Crop, Ragged, region
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.resize import resize_normalize
 
 pytestmark = pytest.mark.skipif(region.library() is None, reason="needs the compiled reader and Pillow's own libjpeg")
 _KINDS: list[dict[str, Any]] = [

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuload import kernels
-from gpuload.decode import IMAGE_ROW, Ragged
-from gpuload.resize import cpu_implementation, native, resize_normalize, resize_twin
-from gpuload.transforms import Image
+from gpuload.images.decode import IMAGE_ROW, Ragged
+from gpuload.images.resize import cpu_implementation, native, resize_normalize, resize_twin
+from gpuload.images.transform import Image
 
 FLOAT = 2e-5  # of the value range: float32 weights, some hundred terms
 PILLOW = 1.01  # grey levels: Pillow rounds to 8 bits after each of its two passes

@@ -26,8 +26,8 @@ from gpuload import (
     ShardedFragmentSampler,
     ShuffleSampler,
 )
-from gpuload.samplers import Plan
-from gpuload.source import coalesce, expand
+from gpuload.order.samplers import Plan
+from gpuload.tables.lance import coalesce, expand
 
 KINDS = st.sampled_from(sorted(SHARDED))
 FRAGMENTS = st.lists(st.integers(0, 40), max_size=8)  # empty ones, none at all

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gpuload.errors import ConfigError
-from gpuload.sheet import GAP, TILE, contact_sheet
+from gpuload.tools.sheet import GAP, TILE, contact_sheet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -19,7 +19,7 @@ from support_samplers import ELASTIC, EVERY, SHARDED, gpuload_threads, python, r
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gpuload import Image, LanceDataset, ShardedBatchSampler, ShuffleSampler, StateError, Text
-from gpuload.source import Source
+from gpuload.tables.lance import Source
 
 RANDOM_CROPS = {"image": Image(size=16, crop="random", flip=0.5), "prompt": Text("bytes", max_length=20)}
 

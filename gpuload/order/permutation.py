@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuload.philox import philox4x32
+from gpuload.order.philox import philox4x32
 
 _ROUNDS = 8  # from 2**12 up, where a half has 6 bits or more
 _SMALL_ROUNDS = 16  # a half of few bits mixes slowly

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.columns import Views
-from gpuload.decode import IMAGE_ROW, Crop, Ragged, lay_out
-from gpuload.decode.arena import Lane, Lanes, Lease, Slot
-from gpuload.decode.host import Host
 from gpuload.errors import DecodeError
+from gpuload.fields.columns import Views
+from gpuload.images.decode import IMAGE_ROW, Crop, Ragged, lay_out
+from gpuload.images.decode.arena import Lane, Lanes, Lease, Slot
+from gpuload.images.decode.host import Host
 
 
 class LaneDecoder:

@@ -17,8 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError
-from gpuload.permutation import Permutation
-from gpuload.source import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, Ranges, Source, coalesce
+from gpuload.order.permutation import Permutation
+from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, Ranges, Source, coalesce
 
 _BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from gpuload.columns import has_tensor, storage_type
-from gpuload.decode.header import sniff
 from gpuload.errors import ConfigError
-from gpuload.transforms import Image, Text
+from gpuload.fields.columns import has_tensor, storage_type
+from gpuload.images.decode.header import sniff
+from gpuload.images.transform import Image, Text
 
 Role = Literal["image", "text", "tensor", "list"]
 

@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
-from gpuload import malloc
 from gpuload.errors import ConfigError, ForkError
-from gpuload.permutation import Permutation
-from gpuload.projection import Field, project
+from gpuload.order.permutation import Permutation
+from gpuload.tables import malloc
+from gpuload.tables.projection import Field, project
 
 Ranges = NDArray[np.int64]  # i64[N, 2]: half-open, in the order wanted
 _SCAN_RUN = 4  # mean rows per run from which take_scan is the faster: 0.63 of take at 1, 0.98 at 2, 1.37 at 4, 1.7 at 8

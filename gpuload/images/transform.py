@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError
-from gpuload.philox import uniform
+from gpuload.order.philox import uniform
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _TRIES = 10  # as torchvision's RandomResizedCrop

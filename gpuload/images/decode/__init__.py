@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.columns import Views
 from gpuload.errors import DecodeError
+from gpuload.fields.columns import Views
 
 _ALIGN = 256  # bytes, as any allocation on a GPU
 

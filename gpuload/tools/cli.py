@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gpuload.batch import Batch
-    from gpuload.ingest import IngestReport
-    from gpuload.samplers import FullScanSampler
+    from gpuload.order.samplers import FullScanSampler
+    from gpuload.tools.ingest import IngestReport
 
 _LISTED = 20  # lines of a report on stderr
 
@@ -91,7 +91,7 @@ def ingest(
 
     Captions come from --captions, else from metadata.csv or metadata.jsonl in its folders, else from 7.txt by 7.jpg.
     """
-    from gpuload.ingest import STORAGE_VERSION, ingest
+    from gpuload.tools.ingest import STORAGE_VERSION, ingest
 
     done = ingest(
         source,
@@ -122,7 +122,7 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
                 csv.writer(out).writerows([("what", "path", "why"), *rows])
         except OSError as error:
             raise ConfigError(f"Expected a place for the report, got {str(file)!r}: {error.strerror}.") from error
-    from gpuload.describe import size
+    from gpuload.tools.describe import size
 
     parts = [f"{done.rows:,} rows, {size(done.bytes)} of images, in {done.seconds:,.1f} s"]
     parts += [f"{len(done.classes):,} classes"] if done.classes else []
@@ -138,8 +138,8 @@ def inspect(
     dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
 ) -> None:
     """Show what a Lance dataset holds: columns and their roles, rows, fragments, bytes, formats and sizes of images."""
-    from gpuload.describe import columns, facts, form, image_sample
-    from gpuload.source import Source
+    from gpuload.tables.lance import Source
+    from gpuload.tools.describe import columns, facts, form, image_sample
 
     source, console = Source(dataset), _console()
     found = columns(source)
@@ -166,9 +166,9 @@ def view(
 ) -> None:
     """Draw a contact sheet of a batch, decoded as for training; rows that cannot be decoded are crossed out."""
     from gpuload.dataset import LanceDataset
-    from gpuload.describe import caption_column, class_names, image_column
-    from gpuload.sheet import contact_sheet
-    from gpuload.source import Source
+    from gpuload.tables.lance import Source
+    from gpuload.tools.describe import caption_column, class_names, image_column
+    from gpuload.tools.sheet import contact_sheet
 
     source = Source(dataset)
     image, caption = image_column(source, image), caption or caption_column(source)
@@ -198,8 +198,8 @@ def bench(
     trace: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto or chrome://tracing.")] = None,
 ) -> None:
     """Load a dataset as for training: its rate, where the time goes, and what would make it faster."""
-    from gpuload.bench import advice, measure, prepare, table
-    from gpuload.trace import Trace
+    from gpuload.tools.bench import advice, measure, prepare, table
+    from gpuload.tools.trace import Trace
 
     timeline, console = Trace() if trace else None, _console()
     done = measure(prepare(dataset, batch_size, size, threads, shuffle), seconds, timeline)
@@ -220,11 +220,11 @@ def demo(
     rows: Annotated[int, typer.Option(min=1, help="Generated pictures.")] = 512,
 ) -> None:
     """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
-    from gpuload.bench import table
     from gpuload.dataset import LanceDataset
-    from gpuload.demo import write_demo
-    from gpuload.sheet import contact_sheet
-    from gpuload.transforms import Image, Text
+    from gpuload.images.transform import Image, Text
+    from gpuload.tools.bench import table
+    from gpuload.tools.demo import write_demo
+    from gpuload.tools.sheet import contact_sheet
 
     folder = out or Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
     target = folder / "shapes.lance"
@@ -268,7 +268,7 @@ def main() -> None:
 
 def _from(start: int) -> FullScanSampler:
     """All rows in order, beginning at row `start`."""
-    from gpuload.samplers import FullScanSampler
+    from gpuload.order.samplers import FullScanSampler
 
     class From(FullScanSampler):
         def plan(self, *args: Any, start: int = 0, **kwargs: Any) -> Any:

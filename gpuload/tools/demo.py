@@ -81,8 +81,8 @@ def pictures(n: int, seed: int = 0) -> Iterator[tuple[Image.Image, str]]:
 
 def write_demo(target: str | os.PathLike[str], rows: int = 512, seed: int = 0) -> None:
     """A new Lance dataset of `pictures`, encoded as JPEG and here and there PNG, in four fragments."""
-    from gpuload.folder import Row
-    from gpuload.ingest import image_schema, write
+    from gpuload.tools.folder import Row
+    from gpuload.tools.ingest import image_schema, write
 
     def encode(numbered: tuple[int, _Plan]) -> Row:
         index, plan = numbered

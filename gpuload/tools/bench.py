@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from gpuload.clock import share
 from gpuload.dataset import LanceDataset
-from gpuload.describe import columns
 from gpuload.device import threads_here
-from gpuload.source import Source
-from gpuload.trace import Trace
-from gpuload.transforms import Image, Text
+from gpuload.images.transform import Image, Text
+from gpuload.tables.lance import Source
+from gpuload.tools.describe import columns
+from gpuload.tools.trace import Trace
 
 
 @dataclass

@@ -24,7 +24,7 @@ import lance
 import pyarrow as pa
 
 from gpuload.errors import ConfigError
-from gpuload.folder import File, Folder, Row, read_ahead
+from gpuload.tools.folder import File, Folder, Row, read_ahead
 
 StorageVersion = Literal["2.0", "2.1", "2.2"]
 # The file format of new datasets, in this one place: Lance's own default. 2.0 reads runs of rows 1.3 times as fast, but

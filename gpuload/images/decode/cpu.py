@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.columns import Views
-from gpuload.decode import IMAGE_ROW, Crop, Ragged, lay_out, region
-from gpuload.decode.header import ends
-from gpuload.decode.host import Host
 from gpuload.errors import DecodeError
+from gpuload.fields.columns import Views
+from gpuload.images.decode import IMAGE_ROW, Crop, Ragged, lay_out, region
+from gpuload.images.decode.header import ends
+from gpuload.images.decode.host import Host
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, a quarter GiB of RGB
 _NOTHING = torch.empty(0, dtype=torch.uint8)

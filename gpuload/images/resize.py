@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.decode import Ragged
-from gpuload.transforms import Image
+from gpuload.images.decode import Ragged
+from gpuload.images.transform import Image
 
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in 1/65536, as Pillow's convert("L")
 

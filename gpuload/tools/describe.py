@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
-from gpuload.schema import Column, resolve
-from gpuload.source import Source
+from gpuload.fields.schema import Column, resolve
+from gpuload.tables.lance import Source
 
 SAMPLE = 64  # rows whose image headers are looked at, drawn at random
 

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
 
-from gpuload.columns import Views
-from gpuload.decode.arena import Lane, Slot, Tool
-from gpuload.decode.header import ends, orientation, sniff
-from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError, install
+from gpuload.fields.columns import Views
+from gpuload.images.decode.arena import Lane, Slot, Tool
+from gpuload.images.decode.header import ends, orientation, sniff
+from gpuload.images.decode.lanes import LaneDecoder
 
 _PLAIN = ("L", "LA", "P", "RGB", "RGBA", "1")  # Pillow's words for eight bits or fewer a sample
 _KINDS = ("JPEG", "PNG", "BMP", "WEBP")  # it reads more, but scales 16-bit samples where Pillow takes the high byte

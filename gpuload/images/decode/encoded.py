@@ -12,11 +12,11 @@ import simplejpeg
 import torch
 from PIL import Image as pillow
 
-from gpuload.columns import Views
-from gpuload.decode import IMAGE_ROW, Crop, Ragged
-from gpuload.decode.cpu import MAX_PIXELS
-from gpuload.decode.header import expect_bytes, expect_size, has_end, sniff
 from gpuload.errors import DecodeError
+from gpuload.fields.columns import Views
+from gpuload.images.decode import IMAGE_ROW, Crop, Ragged
+from gpuload.images.decode.cpu import MAX_PIXELS
+from gpuload.images.decode.header import expect_bytes, expect_size, has_end, sniff
 
 
 class Encoded:

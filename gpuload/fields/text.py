@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gpuload.errors import ConfigError, TextError
-from gpuload.transforms import Text
+from gpuload.images.transform import Text
 
 Ids = Sequence[Sequence[int]]  # of each text; bytes are a sequence of ids, too
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 
-from gpuload.decode.header import expect_bytes, expect_size, jpeg_orientation, sniff, valid_orientation
 from gpuload.errors import DecodeError
+from gpuload.images.decode.header import expect_bytes, expect_size, jpeg_orientation, sniff, valid_orientation
 
 _NOT_IMAGES = {"EPS", "WMF"}  # these run other programs, or draw
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # as the built-in map; in order

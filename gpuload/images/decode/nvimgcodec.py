@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as pillow
 
-from gpuload.columns import Views
-from gpuload.decode import Memory
-from gpuload.decode.arena import Lane, Slot, Tool, empty
-from gpuload.decode.header import ends, orientation
-from gpuload.decode.lanes import LaneDecoder
 from gpuload.errors import DeviceError, install
+from gpuload.fields.columns import Views
+from gpuload.images.decode import Memory
+from gpuload.images.decode.arena import Lane, Slot, Tool, empty
+from gpuload.images.decode.header import ends, orientation
+from gpuload.images.decode.lanes import LaneDecoder
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
 _KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image as pillow
 
 from gpuload.batch import Batch, pick_rows
-from gpuload.columns import to_tensor
 from gpuload.dataset import LanceDataset
-from gpuload.decode.cpu import CpuDecoder
-from gpuload.decode.encoded import Encoded
 from gpuload.errors import ConfigError, RowError
-from gpuload.transforms import Image
+from gpuload.fields.columns import to_tensor
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.decode.encoded import Encoded
+from gpuload.images.transform import Image
 
 
 class Undecoded(LanceDataset):
     """A `LanceDataset` whose images are u8[n] arrays, views of Arrow's memory; None for one that was judged broken.
 
-    `formats` are what the later decoder reads, in the words of `gpuload.decode.header.sniff`; anything else, and what
+    `formats` are what the later decoder reads, in the words of `images.decode.header.sniff`; anything else, and what
     headers and ends of files give away, falls under `on_error`.
     """
 

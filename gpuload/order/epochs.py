@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from gpuload import state
 from gpuload.errors import StateError
-from gpuload.foreign import foreign_reads
+from gpuload.order import state
+from gpuload.order.foreign import foreign_reads
+from gpuload.order.ranks import Ranks, check_wrappers
+from gpuload.order.samplers import Plan, PlanSampler, make_sampler
 from gpuload.pipeline import Read
-from gpuload.ranks import Ranks, check_wrappers
-from gpuload.samplers import Plan, PlanSampler, make_sampler
-from gpuload.source import Source
+from gpuload.tables.lance import Source
 
 
 class Epochs:

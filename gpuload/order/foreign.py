@@ -13,8 +13,8 @@ import pyarrow as pa
 from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
 from gpuload.pipeline import READ_THREADS, Read
-from gpuload.source import Source
 from gpuload.stages import Budget, ordered_map
+from gpuload.tables.lance import Source
 
 
 def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None) -> Iterator[Read]:

@@ -1,0 +1,1 @@
+"""What a column becomes: Arrow enters, finished values leave."""
