@@ -12,7 +12,9 @@ from gpuload.errors import (
     StateError,
     TextError,
 )
-from gpuload.images.transform import Image, Text
+from gpuload.fields.text import Text
+from gpuload.images import HEADER, Decoder, Encoded, Ragged
+from gpuload.images.transform import Image
 from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 
 __version__ = "0.1.0"
@@ -21,12 +23,16 @@ __all__ = [
     "Batch",
     "ConfigError",
     "DecodeError",
+    "Decoder",
     "DeviceError",
+    "Encoded",
     "ForkError",
     "FullScanSampler",
     "GpuloadError",
+    "HEADER",
     "Image",
     "LanceDataset",
+    "Ragged",
     "RowError",
     "ShardedBatchSampler",
     "ShardedFragmentSampler",

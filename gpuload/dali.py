@@ -19,8 +19,8 @@ from torch.utils.dlpack import from_dlpack
 from gpuload.batch import Batch
 from gpuload.errors import ConfigError, DeviceError
 from gpuload.feed import Feed, Undecoded, addresses
+from gpuload.fields.text import Text
 from gpuload.images.decode.arena import event
-from gpuload.images.transform import Text
 
 try:
     from nvidia.dali import Pipeline, fn, types

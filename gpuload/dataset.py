@@ -19,19 +19,20 @@ from torch.utils.data import IterableDataset
 
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
-from gpuload.device import calls_at_once, check_words, choose_device, describe, make_decoder, threads_here
+from gpuload.device import Streams, choose_device, describe, threads_here
 from gpuload.errors import ConfigError, expect_counts
-from gpuload.fields.schema import Column, resolve
-from gpuload.fields.text import Tokens
-from gpuload.images import resize
-from gpuload.images.decode import Decoder
-from gpuload.images.decode.cpu import MAX_PIXELS
-from gpuload.images.transform import Image, Text
+from gpuload.fields import Column, Parts
+from gpuload.fields.choose import fields, resolve
+from gpuload.fields.text import Text
+from gpuload.images import Decoder, resize
+from gpuload.images.decode.choose import calls_at_once, check_decoder, make_decoder
+from gpuload.images.decode.host import MAX_PIXELS
+from gpuload.images.transform import Image
 from gpuload.order import state
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
 from gpuload.order.ranks import Ranks
-from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline
+from gpuload.pipeline import ON_ERROR, Pipeline, read_threads
 from gpuload.tables.lance import Source, check_fork, lance_running
 
 _DEFAULT: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
@@ -98,6 +99,8 @@ class LanceDataset(IterableDataset[Batch]):
     ConfigError, DeviceError, ForkError
     """
 
+    _formats: tuple[str, ...] = ()  # kinds of images that stay encoded
+
     def __init__(
         self,
         dataset: Any,
@@ -138,7 +141,9 @@ class LanceDataset(IterableDataset[Batch]):
             raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {transforms!r}.")
         if to_tensor_fn not in (_DEFAULT, None) and not callable(to_tensor_fn):
             raise ConfigError(f"Expected to_tensor_fn as a function or None, got {to_tensor_fn!r}.")
-        check_words(device, decoder)
+        if device != "auto":
+            choose_device(device)
+        check_decoder(decoder)
         self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
         self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
         self.readahead_bytes = readahead_bytes
@@ -245,16 +250,23 @@ class LanceDataset(IterableDataset[Batch]):
             "decoder": self._decode_with().name,
             "resize": resize.implementation(self.device),
             **{name: self._counts[name] for name in counted},
-            "images": self._decode_with().counts(),
+            "images": self._images(),
             "stages": stages,
             "bottleneck": bottleneck(stages),
         }
+
+    def _images(self) -> dict[str, int]:
+        """Images by the library that decoded them, and those that none could, since this object was made."""
+        found = Counter(self._decoded)
+        found.update(self._decode_with().counts())
+        return {**found, "failed": found["failed"] + self._counts["images_failed"]}
 
     def close(self) -> None:
         """End what still runs and free the decoder. The dataset can be used again."""
         for running in list(self._running):
             running.close()
         if self._decoder is not None:
+            self._decoded.update(self._decoder.counts())
             self._decoder.close()
             self._decoder = None
 
@@ -267,7 +279,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
-        left = ("_columns", "_tokens", "_decoder", "_running", "_clocks", "_counts")
+        left = ("_columns", "_decoder", "_running", "_clocks", "_counts")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -276,11 +288,11 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _reset(self) -> None:
         self._columns: list[Column] = []
-        self._tokens: dict[str, Tokens] = {}
         self._decoder = None
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()
         self._counts: Counter[str] = Counter()
-        self._clocks: dict[str, Clock] = clocks(READ_THREADS, self.num_threads or threads_here())
+        self._decoded: Counter[str] = Counter()  # by decoders that were closed
+        self._clocks: dict[str, Clock] = clocks(read_threads(threads_here()), self.num_threads or threads_here())
 
     def _open(self) -> Source:
         """The source, opened and its columns resolved on first use."""
@@ -290,8 +302,7 @@ class LanceDataset(IterableDataset[Batch]):
             if not self._source.rows and self._projection["filter"] is not None:
                 warnings.warn(f"No row matches filter={self._projection['filter']!r}.", stacklevel=3)
         if not self._columns:
-            self._columns = resolve(self._source.schema, self.transforms, self._source.first_value)
-            self._tokens = {c.name: Tokens(c.transform) for c in self._columns if isinstance(c.transform, Text)}
+            self._columns = resolve(self._source.schema, self.transforms, self._source.first_value, self._formats)
         return self._source
 
     def _run(self, position: state.Position) -> Iterator[Any]:
@@ -299,11 +310,15 @@ class LanceDataset(IterableDataset[Batch]):
         self._fill_cache()
         reads = self._epochs.reads(source, self.drop_last, position, self.batch_readahead)
         if self._to_tensor_fn is _DEFAULT:
-            decoder = self._decode_with()
+            streams, clocks = Streams(self.device), self._clocks
+            parts = Parts(
+                self._decode_with(), streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin
+            )
+            order = [name for column in self._columns for name in (column.name, *column.more)]
             pipeline = Pipeline(
-                self._columns, self._tokens, decoder, seed=self.seed, epoch=position.epoch,
-                on_error=self.on_error, threads=self._clocks["decode"].threads, ahead=self.batch_readahead,
-                ahead_bytes=self.readahead_bytes, counts=self._counts, clocks=self._clocks,
+                fields(self._columns, parts), order, streams, seed=self.seed, epoch=position.epoch,
+                on_error=self.on_error, ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
+                counts=self._counts, clocks=clocks,
             )  # fmt: skip
             running: Any = pipeline.run(reads)
         else:
@@ -322,7 +337,7 @@ class LanceDataset(IterableDataset[Batch]):
     def _decode_with(self) -> Decoder:
         if self._decoder is None:
             self._open()
-            images = any(column.role == "image" for column in self._columns)
+            images = any(column.decodes for column in self._columns)
             wish = self._decoder_name if images or self._decoder_name != "auto" else "cpu"  # nothing to decode
             device, threads = self.device, self.num_threads or threads_here()
             self._decoder = make_decoder(wish, device, self.max_pixels, threads)

@@ -1,4 +1,4 @@
-"""Where things run: a wish enters; a torch device, a decoder and the way to the consumer's stream leave."""
+"""Where things run: a wish enters; a torch device, its streams and the way to the consumer's stream leave."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ import torch
 from torch.utils.data import get_worker_info
 
 from gpuload.errors import ConfigError, DeviceError, install
-from gpuload.images.decode import Decoder
-from gpuload.images.decode.cpu import CpuDecoder
-from gpuload.images.decode.dali import DaliDecoder
-from gpuload.images.decode.lanes import LaneDecoder
-from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
-
-DECODERS = ("auto", "cpu", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity")
-CALLS = 2  # to a decoder of a GPU at once: one lays out and submits while the other's images are decoded
 
 
 def choose_device(wish: str | torch.device) -> torch.device:
@@ -52,39 +44,6 @@ def choose_device(wish: str | torch.device) -> torch.device:
     return device
 
 
-def check_words(device: str | torch.device, decoder: str) -> None:
-    """Raise at once what `choose_device` and `make_decoder` would raise later."""
-    if device != "auto":
-        choose_device(device)
-    if decoder not in DECODERS:
-        raise ConfigError(f"Expected decoder as one of {DECODERS}, got {decoder!r}.")
-
-
-def make_decoder(wish: str, device: torch.device, max_pixels: int, threads: int = 1) -> Decoder:
-    """The decoder that `wish` means on `device`; on CUDA, `threads` host threads are for it to use.
-
-    ``"auto"`` is nvImageCodec on CUDA and never anything slower, simplejpeg and Pillow on the CPU.
-
-    Raises
-    ------
-    DeviceError
-        Its package is not installed; says what to install.
-    """
-    check_words(device, wish)
-    name, _, mode = wish.partition(":")
-    cuda = device.type == "cuda"
-    if name == "cpu" or (name == "auto" and not cuda):
-        return LaneDecoder(device, max_pixels, threads) if cuda else CpuDecoder(max_pixels)
-    shared: dict[str, Any] = {"parity": mode == "parity", "calls": CALLS}
-    kind = DaliDecoder if name == "dali" else NvImageCodecDecoder
-    return kind(device, max_pixels, threads if cuda else 1, **shared)
-
-
-def calls_at_once(device: torch.device, threads: int) -> int:
-    """Threads that call the decoder: on the CPU they are the ones that decode."""
-    return CALLS if device.type == "cuda" else threads
-
-
 def threads_here() -> int:
     """Threads that decode by default: the CPU cores this process may use, shared with the other ranks of this
     machine (torchrun's LOCAL_WORLD_SIZE) and the other DataLoader workers."""
@@ -100,7 +59,7 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Side:
+class Streams:
     """A pipeline's own streams on a GPU, and the way from them to the stream of whoever takes the batch.
 
     Nothing here waits on the host. On the CPU nothing here does anything.
@@ -144,13 +103,11 @@ class Side:
                     columns[name] = pinned.to(self.device, non_blocking=True)
             return self.mark()
 
-    def hand_over(self, columns: dict[str, Any], events: list[Any]) -> None:
-        """The calling thread's current stream waits for `events`; torch keeps the memory until that stream is done."""
+    def keep(self, columns: dict[str, Any]) -> None:
+        """torch keeps the memory of `columns` until the calling thread's current stream is done with it."""
         if not self.cuda:
             return
         stream = torch.cuda.current_stream(self.device)
-        for event in events:
-            self.after(event)
         for value in columns.values():
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:

@@ -70,6 +70,12 @@ class TextError(RowError):
     """A text that the tokenizer refused."""
 
 
+def expect(ok: bool, what: str, got: object) -> None:
+    """Raise `ConfigError` unless `ok`: "Expected <what>, got <got>"."""
+    if not ok:
+        raise ConfigError(f"Expected {what}, got {got!r}.")
+
+
 def expect_counts(least: int = 1, **counts: object) -> None:
     """Raise `ConfigError` for the first keyword that is not an int of at least `least`."""
     for name, value in counts.items():

@@ -9,32 +9,32 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from PIL import Image as pillow
 
 from gpuload.batch import Batch, pick_rows
 from gpuload.dataset import LanceDataset
-from gpuload.errors import ConfigError, RowError
-from gpuload.fields.columns import to_tensor
+from gpuload.errors import ConfigError, DecodeError, RowError
+from gpuload.fields.numbers import to_tensor
+from gpuload.images import Encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
-from gpuload.images.decode.encoded import Encoded
 from gpuload.images.transform import Image
 
 
 class Undecoded(LanceDataset):
     """A `LanceDataset` whose images are u8[n] arrays, views of Arrow's memory; None for one that was judged broken.
 
-    `formats` are what the later decoder reads, in the words of `images.decode.header.sniff`; anything else, and what
-    headers and ends of files give away, falls under `on_error`.
+    `formats` are what the later decoder reads, in the words of `images.KINDS`; anything else, and what headers and
+    ends of files give away, falls under `on_error`.
     """
 
     def __init__(self, uri: Any, batch_size: int, formats: tuple[str, ...], **options: Any) -> None:
-        self._formats = formats
         for name, transform in (options.get("transforms") or {}).items():
             if isinstance(transform, Image):
                 raise ConfigError(f"Expected only Text in transforms, got Image for {name!r}: DALI decodes images.")
+        self._formats = formats
         super().__init__(uri, batch_size, device="cpu", **options)
 
     def forms(self) -> dict[str, tuple[torch.dtype, int]]:
@@ -42,7 +42,7 @@ class Undecoded(LanceDataset):
         self._open()
         found: dict[str, tuple[torch.dtype, int]] = {}
         for column in self._columns:
-            if column.role == "image":
+            if column.role == "bytes":
                 found[column.name] = (torch.uint8, 1)
             elif column.role == "text":
                 found[column.name] = found[f"{column.name}_mask"] = (torch.int64, 1)
@@ -53,18 +53,18 @@ class Undecoded(LanceDataset):
 
     def broken(self, batch: Batch, hint: str) -> RowError | None:
         """The first image of `batch` that the CPU decoder refuses, as the error that names it."""
-        decoder = CpuDecoder(self.max_pixels)
         for column in self._columns:
-            views = batch[column.name] if column.role == "image" else []
-            errors = {i: error for i, error in decoder.decode(views).errors.items() if views[i] is not None}
-            if errors:
-                return errors[min(errors)].at(int(batch.rows[min(errors)]), column.name, hint)
+            if column.role != "bytes":
+                continue
+            values = batch[column.name]
+            encoded, errors = Encoded.of(values), dict[int, DecodeError]()
+            table = headers.read(encoded)
+            pillow.open_rest(encoded, table, self.max_pixels, errors)
+            errors |= CpuDecoder(self.max_pixels).decode(encoded, table).errors
+            found = [i for i in errors if values[i] is not None]
+            if found:
+                return errors[min(found)].at(int(batch.rows[min(found)]), column.name, hint)
         return None
-
-    def _decode_with(self) -> Any:
-        if self._decoder is None:
-            self._decoder = Encoded(self._formats, self.max_pixels)
-        return self._decoder
 
 
 class Feed:
@@ -220,5 +220,5 @@ def addresses(batch: Batch, names: list[str]) -> set[int]:
 def _black() -> NDArray[np.uint8]:
     """A JPEG file of 16x16 black pixels."""
     file = io.BytesIO()
-    pillow.new("RGB", (16, 16)).save(file, "JPEG")
+    PIL.Image.new("RGB", (16, 16)).save(file, "JPEG")
     return np.frombuffer(file.getvalue(), np.uint8)

@@ -6,6 +6,7 @@ Nothing runs but when the consumer pulls, so there is no feeder thread, and clos
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -133,16 +134,10 @@ class ordered_map(Generic[T, R], Iterator[R]):
 
 
 class flat_map(Generic[T, R], Iterator[R]):
-    """The parts of every item, one after the other; as ready and as closable as the stage it pulls from.
+    """The parts of every item, one after the other; as ready and as closable as the stage it pulls from."""
 
-    `admit` says whether the next item may be taken yet. It holds the next stage back only while that one has
-    something to wait for, so it cannot block for ever.
-    """
-
-    def __init__(
-        self, parts: Callable[[T], Iterable[R]], items: ordered_map[Any, T], admit: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._parts, self._items, self._admit = parts, items, admit
+    def __init__(self, parts: Callable[[T], Iterable[R]], items: ordered_map[Any, T]) -> None:
+        self._parts, self._items = parts, items
         self._left: deque[R] = deque()
 
     def __next__(self) -> R:
@@ -151,7 +146,7 @@ class flat_map(Generic[T, R], Iterator[R]):
         return self._left.popleft()
 
     def ready(self) -> bool:
-        return bool(self._left) or (self._admit() and self._items.ready())
+        return bool(self._left) or self._items.ready()
 
     def close(self) -> None:
         self._left.clear()
@@ -159,16 +154,18 @@ class flat_map(Generic[T, R], Iterator[R]):
 
 
 class Budget(Generic[T], Iterator[T]):
-    """Items while they fit: as many under way as `most` bytes hold of the largest one seen so far, at least one.
+    """Items while they fit: at most `items_most` under way, and as many as `most` bytes hold of the largest one seen so
+    far, at least one.
 
     Until the first is weighed there is one, and until it leaves no more than two: reading further ahead would only take
     the processor from the batch that everybody waits for. The stage that pulls asks `ready` first; `weigh` may come
     from any thread, `leave` from the one that pulls.
     """
 
-    def __init__(self, items: Iterable[T], most: int) -> None:
-        self._items, self._most = iter(items), most
+    def __init__(self, items: Iterable[T], most: int, items_most: int = sys.maxsize) -> None:
+        self._items, self._most, self._items_most = iter(items), most, items_most
         self._largest, self._under_way, self._begun = 0, 0, False
+        self._lock = threading.Lock()
 
     def __next__(self) -> T:
         item = next(self._items)
@@ -177,7 +174,7 @@ class Budget(Generic[T], Iterator[T]):
 
     def limit(self) -> int:
         """Items that fit."""
-        fits = max(1, self._most // self._largest) if self._largest else 1
+        fits = min(self._items_most, max(1, self._most // self._largest) if self._largest else 1)
         return fits if self._begun else min(fits, 2)
 
     def ready(self) -> bool:
@@ -185,7 +182,8 @@ class Budget(Generic[T], Iterator[T]):
 
     def weigh(self, size: int) -> None:
         """An item has turned out to take `size` bytes."""
-        self._largest = max(self._largest, size)
+        with self._lock:
+            self._largest = max(self._largest, size)
 
     def leave(self) -> None:
         """An item is the consumer's now."""

@@ -16,7 +16,7 @@
 
 namespace {
 
-struct Part {                // PART of gpuload/images/decode/region.py
+struct Part {                // PART of gpuload/images/decode/libjpeg.py
   const unsigned char* data; // encoded bytes
   int64_t size;              // of data
   unsigned char* out;        // u8[h, w, channels]

@@ -1,1 +1,175 @@
-"""What a column becomes: Arrow enters, finished values leave."""
+"""What a column becomes: a `Field` takes the Arrow column of a batch and gives finished values, or work on pixels.
+
+The pipeline knows no kind of column by name. A new kind is one file in this folder and one line in choose.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from gpuload.clock import Clock
+from gpuload.device import Streams
+from gpuload.errors import RowError
+from gpuload.images import Decoder
+from gpuload.order.draws import Draws
+
+Fails = list[tuple[int, str, RowError]]  # (row of the batch, column, why)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One output column, for people and for the field that makes it.
+
+    Attributes
+    ----------
+    name : str
+    type : pa.DataType
+        As it is read.
+    role : str
+        In a word: image, text, tensor, list, bytes.
+    form : str
+        dtype and shape of a batch in words, B rows.
+    transform : object
+        What the user gave for it, None without.
+    make : callable
+        The field of this column and of others with the same `make` and `origin`.
+    ready : object
+        What was opened for it already, such as a tokenizer.
+    more : tuple of str
+        Names of what it gives beside the column of its own name.
+    decodes : bool
+        Whether it needs the decoder.
+    """
+
+    name: str
+    type: pa.DataType
+    role: str
+    form: str
+    transform: Any
+    make: Callable[[list[Column], Parts], list[Field]]
+    ready: Any = None
+    more: tuple[str, ...] = ()
+    decodes: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the columns beside their Arrow types.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of all columns that are read.
+    features : mapping
+        Hugging Face's own description of the columns, by name.
+    first_value : callable
+        Name → the first value of a binary column that is not null, as an Arrow scalar, or None.
+    formats : tuple of str
+        Kinds of images that somebody else will decode: images stay encoded. Empty where they are decoded here.
+    """
+
+    names: tuple[str, ...]
+    features: Mapping[str, Any]
+    first_value: Callable[[str], Any]
+    formats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What fields work with; one for all of them.
+
+    Attributes
+    ----------
+    decoder : Decoder
+    streams : Streams
+    max_pixels : int
+    tokenize, resize : Clock
+    origin : callable
+        Output name → the stored column or expression that it comes from.
+    """
+
+    decoder: Decoder
+    streams: Streams
+    max_pixels: int
+    tokenize: Clock
+    resize: Clock
+    origin: Callable[[str], str]
+
+
+class Work(Protocol):
+    """What is left to do for a batch's column once it was read: decoding, in slices and on any thread.
+
+    Attributes
+    ----------
+    cost : i64[N]
+        Encoded bytes of each row: what slices are cut by.
+    size : int
+        Bytes of the finished column; grows where it was not known before.
+    """
+
+    cost: NDArray[np.int64]
+    size: int
+
+    def run(self, lo: int, hi: int) -> tuple[Fails, Any]:
+        """Rows lo to hi; slices may run at the same time. Returns the rows that failed, and the event after what it put
+        on a stream of its own, None on the CPU."""
+        ...
+
+    def finish(self) -> dict[str, Any]:
+        """The values, once every slice has run; the current stream already waits for all events."""
+        ...
+
+
+@dataclass
+class Taken:
+    """What a field made of a batch's column.
+
+    Attributes
+    ----------
+    values : dict of str to Tensor or list
+        Finished.
+    nulls : dict of str to bool[B]
+        Rows whose null became 0 or False.
+    fails : list of (row, column, RowError)
+    work : Work or None
+        What gives the other values.
+    read : int
+        Bytes that were read beside the table.
+    refused : int
+        Images that will not be decoded, for what their headers say.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    nulls: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    fails: Fails = field(default_factory=list)
+    work: Work | None = None
+    read: int = 0
+    refused: int = 0
+
+
+class Field(Protocol):
+    """What columns become. `take` may be called from many threads at once."""
+
+    columns: list[Column]
+
+    def take(self, table: pa.Table, draws: Draws) -> Taken:
+        """The batch's columns of `table`, B rows."""
+        ...
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is a string, plain or dictionary-encoded."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def storage_type(kind: pa.DataType) -> pa.DataType:
+    """The type below an extension type."""
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind

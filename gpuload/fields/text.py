@@ -1,4 +1,4 @@
-"""Ids: list[str] enters, i64[B, L] and its attention mask leave. The tokenizers are other libraries'."""
+"""Ids: strings enter, i64[B, L] and its attention mask leave. The tokenizers are other libraries'."""
 
 from __future__ import annotations
 
@@ -6,18 +6,100 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gpuload.errors import ConfigError, TextError
-from gpuload.images.transform import Text
+from gpuload.clock import Clock
+from gpuload.errors import ConfigError, TextError, expect
+from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, is_text
+from gpuload.order.draws import Draws
 
 Ids = Sequence[Sequence[int]]  # of each text; bytes are a sequence of ids, too
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string becomes token ids, ``i64[B, L]``, and its attention mask, ``i64[B, L]``, as ``<name>_mask``.
+
+    Parameters
+    ----------
+    tokenizer : path, tokenizers.Tokenizer, transformers tokenizer, hub name, "bytes" or callable
+        A path is a ``tokenizer.json``. A hub name needs ``transformers``. ``"bytes"`` is built in: the ids are the
+        UTF-8 bytes, the padding is 0. A callable takes ``list[str]`` and returns a list of id lists.
+    max_length : int, optional
+        In tokens, special tokens included. Needed by ``padding="max_length"``.
+    padding : {"longest", "max_length"}
+        Pad to the longest text of the batch, or always to `max_length`.
+    truncation : bool
+        Cut texts at `max_length`; False makes a longer one an error of its row.
+    """
+
+    tokenizer: Any | Callable[[list[str]], Any]
+    max_length: int | None = None
+    padding: Literal["longest", "max_length"] = "longest"
+    truncation: bool = True
+
+    def __post_init__(self) -> None:
+        expect(self.padding in ("longest", "max_length"), 'Text(padding="longest"|"max_length")', self.padding)
+        expect(
+            self.max_length is None or (type(self.max_length) is int and self.max_length > 0),
+            "Text(max_length=...) as a positive int",
+            self.max_length,
+        )
+        expect(
+            self.padding != "max_length" or self.max_length is not None,
+            'Text(max_length=...) beside padding="max_length"',
+            self.max_length,
+        )
+
+
+class TextField:
+    """A column of strings, as token ids and their mask."""
+
+    transform = Text
+
+    def __init__(self, column: Column, clock: Clock) -> None:
+        self.columns, self._name, self._clock = [column], column.name, clock
+        self._tokens: Tokens = column.ready
+
+    @classmethod
+    def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
+        if not isinstance(transform, Text):
+            return None
+        if not is_text(field.type):
+            raise ConfigError(f"Expected a string column for Text, got {field.name!r} of type {field.type}.")
+        length = transform.max_length if transform.padding == "max_length" else "L"
+        mask = f"{field.name}_mask"
+        if mask in known.names:
+            raise ConfigError(f"Expected the name {mask!r} free for an attention mask; rename that column.")
+        form, ready = f"int64[B, {length}] and {mask}", Tokens(transform)
+        return Column(field.name, field.type, "text", form, transform, cls.make, ready, (mask,))
+
+    @classmethod
+    def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
+        return [cls(column, parts.tokenize) for column in columns]
+
+    def take(self, table: pa.Table, draws: Draws) -> Taken:
+        texts = [text or "" for text in _strings(table.column(self._name))]
+        with self._clock.timed():
+            ids, mask, refused = self._tokens(texts)
+        fails: Fails = [(error.row, self._name, error) for error in refused]
+        return Taken({self._name: ids, f"{self._name}_mask": mask}, fails=fails)
+
+
+def _strings(column: pa.ChunkedArray) -> list[str | None]:
+    """The texts of a string column, plain or dictionary-encoded."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    texts: list[str | None] = column.to_pylist()
+    return texts
 
 
 class Tokens:
@@ -28,22 +110,23 @@ class Tokens:
         self.pad_id, self._left = 0, False
         self._encode = self._open(text.tokenizer)
 
-    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, both i64[B, L].
-
-        Raises
-        ------
-        TextError
-            With `row` as the index into `texts`: a text longer than ``max_length`` with ``truncation=False``.
-        """
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, list[TextError]]:
+        """Token ids and attention mask, both i64[B, L], and an error for each text that is longer than ``max_length``
+        with ``truncation=False``, with `row` as its index; its ids are those of the empty text."""
         ids = self._encode(texts) if texts else []
         if len(ids) != len(texts):
             raise ConfigError(f"Expected {len(texts)} id lists from the tokenizer, got {len(ids)}.")
-        limit = self._text.max_length
+        limit, refused = self._text.max_length, list[TextError]()
+        if limit is not None and not self._text.truncation:
+            long = [i for i, row in enumerate(ids) if len(row) > limit]
+            refused = [
+                TextError(f"Expected at most {limit} tokens (truncation=False), got {len(ids[i])}", i) for i in long
+            ]
+            if long:
+                (empty,), ids = self._encode([""]), list(ids)
+                for i in long:
+                    ids[i] = empty
         if limit is not None:
-            for i, row in enumerate(ids):
-                if len(row) > limit and not self._text.truncation:
-                    raise TextError(f"Expected at most {limit} tokens (truncation=False), got {len(row)}", i)
             ids = [row[:limit] for row in ids]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         longest = limit if self._text.padding == "max_length" else int(lengths.max(initial=0))
@@ -51,7 +134,7 @@ class Tokens:
         place = np.arange(longest or 0)
         mask = place >= (longest or 0) - lengths[:, None] if self._left else place < lengths[:, None]
         out[mask] = _flat(ids)
-        return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
+        return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64)), refused
 
     def _open(self, tokenizer: Any) -> Callable[[list[str]], Ids]:
         if isinstance(tokenizer, Tokenizer):

@@ -68,9 +68,9 @@ PIXELS = np.dtype(
         ("width", np.int32),
         ("channels", np.int32),  # 3 (RGB) or 1 (L), interleaved
         ("orientation", np.int32),  # EXIF 1..8, what still has to be applied
-        ("x", np.int32),  # where it lies in the whole image at this scale, in pixels
+        ("x", np.int32),  # where it lies in the whole image, in pixels of its own scale
         ("y", np.int32),
-        ("whole_height", np.int32),  # of the whole image, as stored, at this scale
+        ("whole_height", np.int32),  # of the whole image, as stored, before any scale
         ("whole_width", np.int32),
         ("scale", np.float64),  # pixels here for one of the stored image: 1, or less where the decoder made it smaller
     ]

@@ -1,4 +1,4 @@
-"""One shape: ragged uint8 pixels and a region of each enter, rows of one ``[N, C, H, W]`` tensor leave.
+"""One shape: ragged uint8 pixels of N images and M views of them enter, one ``[M, C, H, W]`` tensor is filled.
 
 Three implementations of one definition: `kernels/resize_normalize.cu` on CUDA; its CPU build
 (`kernels/resize_cpu.cpp`) where the package was installed with a compiler; and `resize_twin` in torch, which the
@@ -16,28 +16,25 @@ import torch
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.images.decode import Ragged
+from gpuload.images import VIEW, Ragged
 from gpuload.images.transform import Image
+from gpuload.images.views import to_seen, to_stored
 
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in 1/65536, as Pillow's convert("L")
 
 
-def resize_normalize(
-    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
-) -> None:
-    """Crop, orient, resize, mirror and normalise N images into `out`.
+def resize_normalize(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
+    """Crop, orient, resize, mirror and normalise M views of N images into `out`, in one launch.
 
     Parameters
     ----------
     ragged : Ragged
-        N images. One of height 0 leaves zeros in its row.
-    regions : f64[N, 4]
-        x0, y0, width, height in pixels of the oriented image, as `Image.regions` gives them.
-    flips : bool[N]
-        Mirror left and right.
+        N images. The views of one of height 0 become zeros.
+    views : VIEW[M]
+        Regions in pixels of the whole, oriented images.
     image : Image
         For its mode, dtype, mean and std; the size is that of `out`.
-    out : Tensor[N, C, H, W]
+    out : Tensor[M, C, H, W]
         Written; on ``ragged.arena.device``, contiguous or channels-last, of dtype ``image.dtype``. May be a slice
         of a batch: threads may fill disjoint slices at once.
 
@@ -46,13 +43,13 @@ def resize_normalize(
     ValueError
         The arguments do not fit each other.
     """
-    _check(ragged, regions, flips, image, out)
+    _check(ragged, views, image, out)
     if out.is_cuda:
-        kernels.run_cuda(_rows(ragged, regions, flips), out, _affine(image))
+        kernels.run_cuda(rows(ragged, views), out, affine(image))
     elif (library := kernels.cpu_library()) is not None:
-        kernels.run_cpu(library, _rows(ragged, regions, flips), out, _affine(image))
+        kernels.run_cpu(library, rows(ragged, views), out, affine(image))
     else:
-        resize_twin(ragged, regions, flips, image, out)
+        resize_twin(ragged, views, image, out)
 
 
 def implementation(device: torch.device) -> str:
@@ -65,28 +62,49 @@ def cpu_implementation() -> str:
     return "torch" if kernels.cpu_library() is None else "compiled"
 
 
-def resize_twin(
-    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
-) -> None:
+def resize_twin(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
     """`resize_normalize` in plain torch, float32, on any device: the definition that the kernels are tested against."""
     (height, width), device = out.shape[2:], out.device
     scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
-    for i in range(len(ragged)):
+    regions = within(ragged.table[views["image"]], views["region"])
+    for m, i in enumerate(views["image"].tolist()):
         if not ragged.table["height"][i]:
-            out[i] = 0
+            out[m] = 0
             continue
         pixels = _oriented(ragged, i)  # u8[h, w, c]
-        x0, y0, w, h = (float(v) for v in regions[i])
+        x0, y0, w, h = (float(v) for v in regions[m])
         top, down = _weights(y0, h, height, pixels.shape[0], device)
         left, across = _weights(x0, w, width, pixels.shape[1], device)
         seen = pixels[top : top + down.shape[1], left : left + across.shape[1]].movedim(2, 0).float()
         if image.channels == 1 and len(seen) == 3:
             seen = (seen * torch.tensor(LUMA, device=device).view(3, 1, 1)).sum(0, keepdim=True) / 65536
         values = down @ seen @ across.T  # f32[c, H, W]
-        if flips[i]:
+        if views["flip"][m]:
             values = values.flip(2)
         values = values * scale + shift  # one channel becomes three here
-        out[i] = (values + 0.5).floor().clamp(0, 255) if out.dtype == torch.uint8 else values
+        out[m] = (values + 0.5).floor().clamp(0, 255) if out.dtype == torch.uint8 else values
+
+
+def within(table: NDArray[np.void], regions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Regions in pixels of whole, oriented images → of what was decoded of them, oriented.
+
+    Parameters
+    ----------
+    table : PIXELS[M]
+        Of the image of each region.
+    regions : f64[M, 4]
+        x0, y0, width, height.
+    """
+    whole = (
+        (table["scale"] == 1) & (table["height"] == table["whole_height"]) & (table["width"] == table["whole_width"])
+    )
+    if whole.all():
+        return regions
+    turned = table["orientation"]
+    stored = to_stored(regions, turned, table["whole_height"], table["whole_width"]) * table["scale"][:, None]
+    stored[:, 0] -= table["x"]
+    stored[:, 1] -= table["y"]
+    return np.where(whole[:, None], regions, to_seen(stored, turned, table["height"], table["width"]))
 
 
 def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
@@ -110,14 +128,17 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     if not ragged.table["height"][i]:
         return torch.zeros((image.channels, 0, 0), dtype=image.dtype, device=device)
     one = Ragged(ragged.arena, ragged.table[i : i + 1])
-    (height,), (width,) = one.sizes()
-    out = torch.empty((image.channels, int(height), int(width)), dtype=image.dtype, device=device)
+    height, width = int(one.table["height"][0]), int(one.table["width"][0])
+    if one.table["orientation"][0] >= 5:
+        height, width = width, height
+    out = torch.empty((image.channels, height, width), dtype=image.dtype, device=device)
     to_luma = image.channels < ragged.table["channels"][i]
     plain = image.dtype == torch.uint8 and not to_luma
     rounds_luma = to_luma and image.dtype != torch.uint8  # before it normalises, where the kernels round only results
     if not plain and not rounds_luma and (out.is_cuda or kernels.cpu_library() is not None):
-        region = np.array([[0, 0, width, height]], np.float64)  # every weight is then 1 or 0
-        resize_normalize(one, region, np.array([flip]), image, out[None])
+        view = np.zeros(1, VIEW)
+        view["region"], view["flip"] = (0, 0, width, height), flip  # every weight is then 1 or 0
+        resize_normalize(one, view, image, out[None])
         return out
     pixels = _oriented(one, 0).movedim(2, 0)
     if flip:
@@ -134,36 +155,35 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     return out.copy_(pixels * scale + shift)
 
 
-def _check(
-    ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_], image: Image, out: torch.Tensor
-) -> None:
-    n = len(ragged)
-    good = regions.shape == (n, 4) and flips.shape == (n,) and out.dim() == 4 and out.shape[:2] == (n, image.channels)
-    if not good or out.dtype != image.dtype or out.device != ragged.arena.device:
-        raise ValueError(
-            f"Expected regions [{n}, 4], flips [{n}] and out [{n}, {image.channels}, H, W] of {image.dtype} on "
-            f"{ragged.arena.device}, got {regions.shape}, {flips.shape}, {tuple(out.shape)} of {out.dtype} on "
-            f"{out.device}."
-        )
-    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
-
-
-def _rows(ragged: Ragged, regions: NDArray[np.float64], flips: NDArray[np.bool_]) -> NDArray[np.void]:
-    """The kernels' table, ROW[N]."""
-    rows = np.zeros(len(ragged), kernels.ROW)
-    rows["pixels"] = ragged.table["offset"] + ragged.arena.data_ptr()
+def rows(ragged: Ragged, views: NDArray[np.void]) -> NDArray[np.void]:
+    """The kernels' table, ROW[M]."""
+    found, table = np.zeros(len(views), kernels.ROW), ragged.table[views["image"]]
+    found["pixels"] = table["offset"] + ragged.arena.data_ptr()
     for name in ("pitch", "height", "width", "channels", "orientation"):
-        rows[name] = ragged.table[name]
-    rows["region"], rows["flip"] = regions, flips
-    return rows
+        found[name] = table[name]
+    found["region"], found["flip"] = within(table, views["region"]), views["flip"]
+    return found
 
 
-def _affine(image: Image) -> NDArray[np.float32]:
+def affine(image: Image) -> NDArray[np.float32]:
     """Scale of three channels, then shift of three channels; with one channel the others are unused."""
     scale, shift = image.scale_shift()
     unused = (0.0,) * (3 - image.channels)
     return np.array(scale + unused + shift + unused, np.float32)
+
+
+def _check(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
+    m, n = len(views), len(ragged)
+    good = views.dtype == VIEW and out.dim() == 4 and out.shape[:2] == (m, image.channels)
+    if not good or out.dtype != image.dtype or out.device != ragged.arena.device:
+        raise ValueError(
+            f"Expected VIEW[{m}] and out [{m}, {image.channels}, H, W] of {image.dtype} on {ragged.arena.device}, got "
+            f"{views.dtype} {views.shape} and {tuple(out.shape)} of {out.dtype} on {out.device}."
+        )
+    if m and not 0 <= int(views["image"].min()) <= int(views["image"].max()) < n:
+        raise ValueError(f"Expected views of {n} images, got one of image {int(views['image'].max())}.")
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
 
 
 def _oriented(ragged: Ragged, i: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
-from gpuload.pipeline import READ_THREADS, Read
+from gpuload.pipeline import Read
 from gpuload.stages import Budget, ordered_map
 from gpuload.tables.lance import Source
 
@@ -76,7 +76,7 @@ def raw_batches(
         return read.step, table.slice(0, read.real)
 
     tables = ordered_map(
-        fetch, budget, threads=READ_THREADS, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
+        fetch, budget, threads=clock.threads, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
         size=lambda found: found[1].nbytes,
     )  # fmt: skip
     try:

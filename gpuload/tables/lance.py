@@ -108,6 +108,10 @@ class Source:
         columns = [self._column(f, table, ranges) for f in self._fields]
         return pa.table(columns, names=self.schema.names)
 
+    def origin(self, name: str) -> str:
+        """The stored column, or the expression, that an output column comes from."""
+        return next(f.expression for f in self._fields if f.name == name)
+
     def fingerprint(self) -> str:
         """Names this version's rows wherever the dataset is stored: a digest of its version and data files."""
         files = [file.path for fragment in self.lance.get_fragments() for file in fragment.data_files()]

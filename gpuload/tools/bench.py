@@ -12,7 +12,8 @@ import pyarrow as pa
 from gpuload.clock import share
 from gpuload.dataset import LanceDataset
 from gpuload.device import threads_here
-from gpuload.images.transform import Image, Text
+from gpuload.fields.text import Text
+from gpuload.images.transform import Image
 from gpuload.tables.lance import Source
 from gpuload.tools.describe import columns
 from gpuload.tools.trace import Trace

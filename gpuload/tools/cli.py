@@ -221,7 +221,8 @@ def demo(
 ) -> None:
     """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
     from gpuload.dataset import LanceDataset
-    from gpuload.images.transform import Image, Text
+    from gpuload.fields.text import Text
+    from gpuload.images.transform import Image
     from gpuload.tools.bench import table
     from gpuload.tools.demo import write_demo
     from gpuload.tools.sheet import contact_sheet

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
-from gpuload.fields.schema import Column, resolve
+from gpuload.fields import Column
+from gpuload.fields.choose import resolve
 from gpuload.tables.lance import Source
 
 SAMPLE = 64  # rows whose image headers are looked at, drawn at random

@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 RING = 2  # arenas a lane: one is read by the kernel while the other is decoded into
 _LEAST = 1 << 20  # bytes
@@ -39,7 +41,7 @@ def empty(size: int, device: torch.device, what: str, pin: bool = False) -> torc
 
 
 class Slot:
-    """One arena, the host memory beside it, and all that must stay alive until the arena has been read.
+    """One arena, memory for what the host decodes, and all that must stay alive until both have been read.
 
     Attributes
     ----------
@@ -50,7 +52,8 @@ class Slot:
     def __init__(self, device: torch.device, stream: Any) -> None:
         self._device, self._stream = device, stream
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
-        self._beside = torch.empty(0, dtype=torch.uint8)
+        self._host = torch.empty(0, dtype=torch.uint8)
+        self._there = torch.empty(0, dtype=torch.uint8, device=device)
         self._event: Any = None
         self._lent = False
         self.keep: list[Any] = []
@@ -71,11 +74,23 @@ class Slot:
             self._synchronize()
         return self._arena
 
-    def beside(self, size: int) -> torch.Tensor:
-        """u8[>= size] on the host, page-locked where it is copied to a GPU."""
-        if len(self._beside) < size:
-            self._beside = empty(size + size // 4, torch.device("cpu"), "images", pin=self._device.type == "cuda")
-        return self._beside
+    def host_memory(self, size: int, keep: int) -> NDArray[np.uint8]:
+        """u8[>= size] on the host, page-locked where it is copied to a GPU; its first `keep` bytes stay as they are."""
+        if len(self._host) < size:
+            larger = empty(size + size // 4, torch.device("cpu"), "images", pin=self._device.type == "cuda")
+            larger[:keep] = self._host[:keep]
+            self._host = larger
+        return self._host.numpy()
+
+    def upload(self, size: int) -> torch.Tensor:
+        """The first `size` bytes of the host memory, on the device: put on the current stream, or the very same."""
+        if self._device.type == "cpu":
+            return self._host
+        if len(self._there) < size:
+            self._there = self._there[:0].clone()
+            self._there = empty(size + size // 4, self._device, "images that the host decoded")
+        self._there[:size].copy_(self._host[:size], non_blocking=True)
+        return self._there
 
     def done(self) -> None:
         """All that reads this slot is on the stream by now."""

@@ -12,24 +12,22 @@ batch decoded without the image that DALI names; where it names none, each half 
 from __future__ import annotations
 
 import importlib
-import io
 import re
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image as pillow
 
 from gpuload.errors import DeviceError, install
-from gpuload.fields.columns import Views
+from gpuload.images import KINDS, RGB, Encoded
 from gpuload.images.decode.arena import Lane, Slot, Tool
-from gpuload.images.decode.header import ends, orientation, sniff
+from gpuload.images.decode.host import plain
 from gpuload.images.decode.lanes import LaneDecoder
 
-_PLAIN = ("L", "LA", "P", "RGB", "RGBA", "1")  # Pillow's words for eight bits or fewer a sample
-_KINDS = ("JPEG", "PNG", "BMP", "WEBP")  # it reads more, but scales 16-bit samples where Pillow takes the high byte
+_ENDS = 2  # HEADER's word for a file that ends with its end marker
+_OTHERS = [KINDS.index(kind) for kind in ("PNG", "BMP", "WEBP")]  # it reads more; 16-bit samples it scales, Pillow cuts
+_FATAL = ("out of memory", "cuda error", "cuda runtime", "cuda driver", "unspecified launch failure", "illegal memory")
 _NAMED = re.compile(r"sample #(\d+)")
 
 
@@ -92,23 +90,20 @@ class DaliDecoder(LaneDecoder):
         pipeline.build()
         return pipeline
 
-    def _claim(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
-        claimed: dict[int, Any] = {}
-        for i, view in enumerate(views):
-            kind = None if view is None or not len(view) else sniff(view)
-            if kind not in _KINDS or (kind == "JPEG" and not ends(view)):
-                continue
-            height, width = _size(view)
-            if 0 < height * width <= self._max_pixels:
-                claimed[i] = view
-                table[i] = (0, width * 3, height, width, 3, orientation(view, kind) if orient else 1)
-        return claimed
+    def _claim(self, encoded: Encoded, headers: NDArray[np.void]) -> dict[int, Any]:
+        mine = (
+            plain(headers) & (headers["end"] == _ENDS) & (headers["colour"] != RGB)
+        )  # of RGB it takes planes for YCbCr
+        mine |= np.isin(headers["kind"], _OTHERS) & (headers["height"] > 0) & (headers["precision"] <= 8)
+        return {i: encoded.view(i) for i in np.flatnonzero(mine).tolist()}
 
     def _room(self, table: NDArray[np.void], claimed: dict[int, Any]) -> int:
         return 0
 
-    def _run(self, lane: Lane[Any], slot: Slot, table: NDArray[np.void], claimed: dict[int, Any]) -> list[int]:
-        start = slot.arena(0).data_ptr()
+    def _run(
+        self, lane: Lane[Any], slot: Slot, arena: torch.Tensor, table: NDArray[np.void], claimed: dict[int, Any]
+    ) -> list[int]:
+        start = arena.data_ptr()
         slot.keep.append(claimed)  # no_copy: DALI reads the encoded bytes where they are
         failed: list[int] = []
         parts = [list(claimed)]
@@ -118,7 +113,7 @@ class DaliDecoder(LaneDecoder):
                 images = self._decode_part(lane, [claimed[i] for i in part])
             except RuntimeError as error:
                 lane.tool.made = None  # "Current pipeline object is no longer valid"
-                if "out of memory" in str(error).lower():
+                if any(word in str(error).lower() for word in _FATAL):
                     raise
                 bad, *halves = _apart(part, str(error))
                 failed += bad
@@ -157,19 +152,6 @@ def _apart(part: list[int], message: str) -> tuple[list[int], list[int], list[in
 def _places(images: Any) -> list[tuple[int, tuple[int, ...]]]:
     """(address, shape) of each image."""
     return [(image.data_ptr(), tuple(image.shape())) for image in images]
-
-
-def _size(view: Any) -> tuple[int, int]:
-    """Height and width by the header; (0, 0) where it is broken, or the samples are not eight-bit gray or RGB."""
-    try:
-        if view[0] == 0xFF and view[1] == 0xD8:
-            height, width, space, _ = simplejpeg.decode_jpeg_header(view)
-            return (int(height), int(width)) if space in ("YCbCr", "RGB", "Gray") else (0, 0)
-        with pillow.open(io.BytesIO(view)) as image:
-            deep = image.format == "PNG" and view[24] == 16  # bits a sample, which Pillow's mode does not tell
-            return (image.height, image.width) if image.mode in _PLAIN and not deep else (0, 0)
-    except Exception:  # Pillow's plugins raise nearly anything on broken files
-        return 0, 0
 
 
 def _import() -> tuple[Any, Any, Any]:

@@ -1,186 +1,197 @@
-"""One image on the host: simplejpeg (libjpeg-turbo) for JPEG, Pillow for what it cannot read. Exactly Pillow's pixels.
+"""Decoding on the host, to exactly Pillow's pixels: Encoded, HEADER and windows enter; PIXELS and bytes leave.
 
-What every decoder falls back on: bytes enter, a row of the table and the pixels in their place leave.
+Plain JPEG in one native call by the libjpeg-turbo that Pillow brings, no further than the windows; where that could
+not be compiled simplejpeg decodes them whole, one by one. Everything else, and what these refuse, goes through Pillow.
+Every decoder falls back on this.
 """
 
 from __future__ import annotations
 
-import io
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image as pillow
-from PIL import UnidentifiedImageError
 
 from gpuload.errors import DecodeError
-from gpuload.images.decode.header import expect_bytes, expect_size, jpeg_orientation, sniff, valid_orientation
+from gpuload.images import GRAY, KINDS, OTHER, PIXELS, Encoded, lay_out, pillow, put_whole
+from gpuload.images.decode import libjpeg
 
-_NOT_IMAGES = {"EPS", "WMF"}  # these run other programs, or draw
-Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # as the built-in map; in order
+MAX_PIXELS = 89_478_485  # Pillow's own limit, a quarter GiB of RGB
+_JPEG = KINDS.index("JPEG")
+_Array = NDArray[Any]
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # as the built-in map; in order
+Room = Callable[[int, int], NDArray[np.uint8]]  # (size, keep) → u8[>= size], of which the first `keep` bytes stay
+
+
+def plain(headers: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which of HEADER[N] are JPEG files that libjpeg decodes to Pillow's pixels: eight bits, gray, YCbCr or RGB, with
+    an end marker. A cut file is Pillow's, which refuses it."""
+    good = (headers["kind"] == _JPEG) & (headers["height"] > 0) & (headers["precision"] == 8) & (headers["end"] > 0)
+    found: NDArray[np.bool_] = good & (headers["colour"] > 0) & (headers["colour"] < OTHER)
+    return found
 
 
 class Host:
-    """Decodes on the host in two steps, `measure` and `fill`, and counts images by the library that read them.
+    """Decodes on the host and counts images by the library that read them. May be used by many threads at once.
 
-    Both steps take `which`, the indices they are for, and put what fails into `errors`. They may be called from many
-    threads at once; with a `run` that maps on threads, the images of one call share these.
+    Parameters
+    ----------
+    max_pixels : int
+        For what Pillow opens late; what headers tell was judged before.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
         self._lock = threading.Lock()
-        self._counts = {"simplejpeg": 0, "pillow": 0, "failed": 0}
+        self._counts = Counter({"simplejpeg": 0, "pillow": 0, "failed": 0})
 
-    def measure(
+    def decode(
         self,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        which: NDArray[np.intp],
+        windows: NDArray[np.int64] | None,
+        room: Room,
         table: NDArray[np.void],
-        which: Iterable[int],
-        views: list[NDArray[np.uint8] | None],
-        orient: bool,
         errors: dict[int, DecodeError],
+        *,
+        scales: NDArray[np.int64] | None = None,
         run: Run = map,
-    ) -> dict[int, NDArray[np.uint8]]:
-        """Everything of the table's rows but the offsets; the pixels of what had to be decoded to know them."""
-        slow: list[int] = []
-        for i in which:
-            try:
-                if not self._plain_jpeg(table[i], views[i], orient):
-                    slow.append(i)
-            except DecodeError as error:
-                errors[i] = error
+        shares: int = 1,
+    ) -> int:
+        """Decode images into memory.
 
-        def decode(i: int) -> tuple[int, NDArray[np.uint8] | None]:
-            try:
-                pixels, orientation = self._pillow(views[i])
-            except DecodeError as error:
-                errors[i] = error
-                return i, None
-            height, width, channels = pixels.shape
-            table[i] = (0, width * channels, height, width, channels, orientation if orient else 1)
-            return i, pixels
+        Parameters
+        ----------
+        encoded, headers, windows
+            Of N images, as a `Decoder` gets them.
+        which : i64[K]
+            The images to decode, all with a height.
+        room : callable
+            Gives the memory, and more of it when asked again.
+        table : PIXELS[N]
+            The rows of `which` are filled, with offsets into that memory; height 0 for what cannot be decoded.
+        errors : dict
+            Gets the reasons.
+        scales : i64[N], optional
+            Eighths of its size to decode a plain JPEG to: 8, 4, 2 or 1.
+        run, shares
+            How to map, maybe on threads, and how many of them are worth it.
 
-        return {i: pixels for i, pixels in run(decode, slow) if pixels is not None}
-
-    def fill(
-        self,
-        memory: NDArray[np.uint8],
-        offsets: NDArray[np.int64],
-        table: NDArray[np.void],
-        which: Iterable[int],
-        decoded: dict[int, NDArray[np.uint8]],
-        views: list[NDArray[np.uint8] | None],
-        errors: dict[int, DecodeError],
-        run: Run = map,
-    ) -> None:
-        """Pixels of each image into ``memory[offsets[i]:]``; what fails becomes an image of height 0."""
-
-        def one(i: int) -> None:
-            try:
-                self._fill(memory[int(offsets[i]) :], table[i], decoded.pop(i, None), views[i])
-            except DecodeError as error:
-                errors[i] = error
-                table[i]["height"] = table[i]["width"] = 0
-
-        for _ in run(one, [i for i in which if table[i]["height"]]):
-            pass
+        Returns
+        -------
+        int
+            Bytes used.
+        """
+        used, left = 0, which
+        if libjpeg.library() is not None:
+            native = which[plain(headers[which])]
+            if len(native):
+                used, done = self._native(encoded, headers, native, windows, scales, room, table, run, shares)
+                left = np.setdiff1d(which, done, assume_unique=True) if len(done) < len(which) else which[:0]
+        return self._singly(encoded, headers, left, used, room, table, errors, run) if len(left) else used
 
     def count(self, name: str, number: int = 1) -> None:
         with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + number
+            self._counts[name] += number
 
     def counts(self) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could."""
         with self._lock:
             return dict(self._counts)
 
-    def _plain_jpeg(self, row: Any, view: Any, orient: bool) -> bool:
-        """Whether it is a JPEG that simplejpeg decodes to Pillow's pixels; its header is then in `row`."""
-        expect_bytes(view)
-        if len(view) < 4 or view[0] != 0xFF or view[1] != 0xD8:
-            return False
-        try:
-            height, width, space, _ = simplejpeg.decode_jpeg_header(view)
-        except ValueError:
-            return False
-        if space not in ("YCbCr", "RGB", "Gray"):
-            return False
-        expect_size(height, width, self._max_pixels)
-        channels = 1 if space == "Gray" else 3
-        for name, value in zip(
-            ("pitch", "height", "width", "channels", "orientation"),
-            (width * channels, height, width, channels, jpeg_orientation(view) if orient else 1),
-            strict=True,
-        ):
-            row[name] = value
-        return True
+    def _native(
+        self,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        which: NDArray[np.intp],
+        windows: NDArray[np.int64] | None,
+        scales: NDArray[np.int64] | None,
+        room: Room,
+        table: NDArray[np.void],
+        run: Run,
+        shares: int,
+    ) -> tuple[int, NDArray[np.intp]]:
+        """(bytes used, which were decoded): one call without the GIL for each share."""
+        mine = headers[which]
+        parts = libjpeg.parts(
+            mine,
+            None if windows is None else windows[which],
+            None if scales is None else scales[which],
+        )
+        places = np.zeros(len(parts), PIXELS)  # as wide as the window may become
+        places["pitch"], places["height"] = (parts["w"] + libjpeg.BLOCK) * parts["channels"], parts["h"]
+        used = lay_out(places, np.arange(len(parts)))
+        parts["data"], parts["size"] = encoded.at[which], encoded.size[which]
+        memory = room(used, 0)
+        parts["out"], parts["room"] = memory.ctypes.data + places["offset"], places["pitch"] * parts["h"]
+        if shares > 1 and len(parts) > 1:
+            cuts = np.linspace(0, len(parts), min(shares, len(parts)) + 1).astype(int).tolist()
+            for _ in run(lambda k: libjpeg.read(parts[cuts[k] : cuts[k + 1]]), range(len(cuts) - 1)):
+                pass
+        else:
+            libjpeg.read(parts)
+        good = parts["status"] == 0
+        done, parts, places, mine = which[good], parts[good], places[good], mine[good]
+        rows = np.zeros(len(done), PIXELS)
+        rows["offset"], rows["pitch"] = places["offset"], parts["w"] * parts["channels"]
+        rows["orientation"], rows["scale"] = mine["orientation"], parts["eighths"] / 8
+        rows["whole_height"], rows["whole_width"] = mine["height"], mine["width"]
+        for name, source in (("height", "h"), ("width", "w"), ("channels", "channels"), ("x", "x"), ("y", "y")):
+            rows[name] = parts[source]
+        table[done] = rows
+        self.count("libjpeg-turbo", len(done))
+        return used, done
 
-    def _fill(self, memory: NDArray[np.uint8], row: Any, pixels: Any, view: Any) -> None:
-        h, w, c = int(row["height"]), int(row["width"]), int(row["channels"])
-        place = memory[: h * w * c].reshape(h, w, c)
-        if pixels is None:
+    def _singly(
+        self,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        which: NDArray[np.intp],
+        used: int,
+        room: Room,
+        table: NDArray[np.void],
+        errors: dict[int, DecodeError],
+        run: Run,
+    ) -> int:
+        """What has no native way, one by one, whole, behind the first `used` bytes; the bytes used then."""
+
+        def one(i: int) -> Any:
             try:
-                simplejpeg.decode_jpeg(view, "GRAY" if c == 1 else "RGB", buffer=place)
-            except ValueError:  # strict: libjpeg warned. Pillow knows which warnings leave the image whole
-                pixels, _ = self._pillow(view)
+                return self._whole(encoded, i, headers[i])
+            except DecodeError as error:
+                return error
+
+        good, found = [], []
+        for i, pixels in zip(which.tolist(), run(one, which.tolist()), strict=True):
+            if isinstance(pixels, DecodeError):
+                errors[i] = pixels
+                continue
+            height, width, channels = pixels.shape
+            put_whole(table[i : i + 1], height, width, channels, headers["orientation"][i])
+            good.append(i)
+            found.append(pixels)
+        end = lay_out(table, good, used)
+        memory = room(end, used)
+        for i, pixels in zip(good, found, strict=True):
+            start = int(table["offset"][i])
+            memory[start : start + pixels.size].reshape(pixels.shape)[...] = pixels
+        return end
+
+    def _whole(self, encoded: Encoded, i: int, header: Any) -> NDArray[np.uint8]:
+        if libjpeg.library() is None and plain(header.reshape(1))[0]:
+            try:
+                space = "GRAY" if header["colour"] == GRAY else "RGB"
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded.view(i), space)
+            except Exception:  # it warned, or does not know the file's kind: Pillow has the last word
+                pass
             else:
                 self.count("simplejpeg")
-                return
-        if pixels.shape[:2] != (h, w):
-            raise DecodeError(f"Expected {h}x{w} pixels as the header says, got {pixels.shape[0]}x{pixels.shape[1]}")
-        place[:] = pixels if pixels.shape[2] == c else pixels[:, :, :1]
-
-    def _pillow(self, view: Any) -> tuple[NDArray[np.uint8], int]:
-        """(u8[H, W, 1 or 3], EXIF orientation still to be applied) of anything Pillow reads; first frame only."""
-        try:
-            with pillow.open(io.BytesIO(view), formats=_formats()) as image:
-                expect_size(image.height, image.width, self._max_pixels)
-                image.load()
-                orientation = _exif_orientation(image)
-                pixels = _to_uint8(image)
-        except DecodeError:
-            raise
-        except UnidentifiedImageError:
-            got = f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
-            raise DecodeError(f"Expected {_whole(view)}, got {got}") from None
-        except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-            own = pillow.MAX_IMAGE_PIXELS or 0  # for what Pillow reads its own limit holds too, twice this
-            limit = f"{self._max_pixels} pixels (max_pixels)"
-            limit = limit if self._max_pixels <= own else f"{2 * own} pixels (2 * PIL.Image.MAX_IMAGE_PIXELS)"
-            raise DecodeError(f"Expected at most {limit}, got more: {error}") from error
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-            raise DecodeError(f"Expected {_whole(view)}, got {len(view)} bytes that broke: {error}") from error
+                return pixels
+        pixels = pillow.load(encoded, i, header, self._max_pixels)
         self.count("pillow")
-        return pixels, orientation
-
-
-def _whole(view: Any) -> str:
-    kind = sniff(view)
-    return f"a whole {kind} file" if kind else "an image"
-
-
-def _formats() -> list[str]:
-    if not pillow.OPEN or "TGA" not in pillow.OPEN:
-        pillow.init()
-    return [name for name in pillow.ID if name not in _NOT_IMAGES]
-
-
-def _exif_orientation(image: pillow.Image) -> int:
-    try:
-        return valid_orientation(image.getexif().get(0x0112))
-    except Exception:  # broken metadata does not make an image unreadable
-        return 1
-
-
-def _to_uint8(image: pillow.Image) -> NDArray[np.uint8]:
-    """u8[H, W, 1 or 3]. Alpha is dropped, not blended. 16-bit samples keep their high byte, where Pillow clips."""
-    if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
-        return (np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
-    if image.mode in ("L", "1", "F", "LA", "La"):
-        return np.asarray(image.convert("L"))[:, :, None]
-    if image.mode in ("P", "PA") and "transparency" in image.info:
-        return np.asarray(image.convert("RGBA"))[:, :, :3]  # the same pixels without Pillow's warning
-    return np.asarray(image.convert("RGB"))
+        return pixels

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from PIL import Image as pillow
 
 from gpuload.errors import DeviceError, install
-from gpuload.fields.columns import Views
-from gpuload.images.decode import Memory
+from gpuload.images import KINDS, RGB, Encoded, Memory
 from gpuload.images.decode.arena import Lane, Slot, Tool, empty
-from gpuload.images.decode.header import ends, orientation
+from gpuload.images.decode.host import plain
 from gpuload.images.decode.lanes import LaneDecoder
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
-_KINDS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF"}  # its names → those of `header.sniff`
+_JPEG, _ENDS = KINDS.index("JPEG"), 2  # HEADER's words
 _COLOUR = (200, 100, 50)  # of the first pictures
 _STEP = 16  # images; a Decoder takes too long to make to have a new one for a few images more
-_ON_CPU = ("jpeg", "png", "webp", "tiff", "bmp", "pnm", "jpeg2k")
+_ON_CPU = ("jpeg", "png", "webp", "bmp", "pnm", "jpeg2k")  # TIFF files Pillow turns as it loads them: its business
+_OURS = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "pnm": "PNM", "jpeg2k": "JPEG2000"}  # its names → KINDS
 
 
 class NvImageCodecDecoder(LaneDecoder):
@@ -74,6 +74,7 @@ class NvImageCodecDecoder(LaneDecoder):
         self._codecs: tuple[str, ...] = _ON_CPU
         if device.type == "cuda":
             self._codecs = ("jpeg", "jpeg2k") if importlib.util.find_spec("nvidia.nvjpeg2k") else ("jpeg",)
+        self._others = [KINDS.index(_OURS[codec]) for codec in self._codecs if codec in _OURS]
         # Its small objects release the GIL as they are made, and two threads that make them at the same time pass it to
         # and fro for every image: without this lock the host's part of two calls takes 1.3 times as long.
         self._making = threading.Lock()
@@ -147,34 +148,34 @@ class NvImageCodecDecoder(LaneDecoder):
                 f'{install("cuda")}, or decoder="dali" or "cpu".'
             )
 
-    def _claim(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
+    def _claim(self, encoded: Encoded, headers: NDArray[np.void]) -> dict[int, Any]:
+        jpeg = headers["kind"] == _JPEG
+        mine = (
+            plain(headers) & (headers["end"] == _ENDS) & (headers["colour"] != RGB)
+        )  # of RGB it takes the planes for YCbCr
+        mine |= ~jpeg & (headers["height"] > 0) & np.isin(headers["kind"], self._others)
         with self._making:
-            return self._streams(table, views, orient)
+            return self._streams(encoded, headers, np.flatnonzero(mine).tolist())
 
-    def _streams(self, table: NDArray[np.void], views: Views, orient: bool) -> dict[int, Any]:
+    def _streams(self, encoded: Encoded, headers: NDArray[np.void], which: list[int]) -> dict[int, Any]:
         claimed: dict[int, Any] = {}
-        for i, view in enumerate(views):
-            if view is None or not len(view):
-                continue
+        for i in which:
+            view = encoded.view(i)
             try:
                 stream = self._nv.CodeStream(view)  # no copy: the stream refers to the view's memory
-                height, width, codec = stream.height, stream.width, stream.codec_name
-            except RuntimeError:  # GIF, AVIF, ICO, TGA, QOI, no image at all
+                size = stream.height, stream.width
+                good = stream.codec_name in self._codecs and _plain(stream, stream.codec_name)
+            except Exception:  # whatever it says of one image's header: not mine
                 continue
-            if codec not in self._codecs or not 0 < height * width <= self._max_pixels:
-                continue
-            if (codec == "jpeg" and not ends(view)) or not _plain(stream, codec):
-                continue
-            turned = orientation(view, _KINDS.get(codec)) if orient or codec == "tiff" else 1
-            if codec == "tiff" and turned != 1:  # Pillow turns these as it loads them, whatever `orient` says
-                continue
-            claimed[i] = (stream, view)
-            table[i] = (0, width * 3, height, width, 3, turned)
+            if good and size == (headers["height"][i], headers["width"][i]):
+                claimed[i] = (stream, view)
         return claimed
 
-    def _run(self, lane: Lane[Any], slot: Slot, table: NDArray[np.void], claimed: dict[int, Any]) -> list[int]:
+    def _run(
+        self, lane: Lane[Any], slot: Slot, arena: torch.Tensor, table: NDArray[np.void], claimed: dict[int, Any]
+    ) -> list[int]:
         self._ready(lane, len(table))
-        start, rows = slot.arena(0).data_ptr(), table[list(claimed)]
+        start, rows = arena.data_ptr(), table[list(claimed)]
         columns = (rows[name].tolist() for name in ("offset", "height", "width"))
         places = [(start + offset, (height, width, 3)) for offset, height, width in zip(*columns, strict=True)]
         slot.keep.append(claimed)  # the encoded bytes: the engine may read them after the call

@@ -1,64 +1,43 @@
-"""Bytes, no copies: an Arrow column enters; byte views, strings, an owned tensor or Python values leave."""
+"""Numbers: integers, floats, bools and fixed-size lists of them enter; an owned, writable tensor leaves."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-Views = list[NDArray[np.uint8] | None]
-
-_OFFSETS = {pa.binary(): np.int32, pa.string(): np.int32, pa.large_binary(): np.int64, pa.large_string(): np.int64}
-
-
-def byte_views(column: pa.ChunkedArray) -> Views:
-    """A read-only view u8[length] of every value, None for a null; no byte is copied.
-
-    The views keep the Arrow buffers alive. `column` is binary, large_binary or a string of either width; other
-    binary types are cast, which copies.
-    """
-    views: Views = []
-    for chunk in column.chunks:
-        array = storage(chunk)
-        if array.type not in _OFFSETS:
-            array = array.cast(pa.large_binary())
-        _, offsets, data = array.buffers()
-        if offsets is None or not len(array):
-            views.extend([None] * len(array))
-            continue
-        ends = np.frombuffer(offsets, _OFFSETS[array.type])[array.offset : array.offset + len(array) + 1].tolist()
-        payload = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-        here: Views = [payload[a:b] for a, b in itertools.pairwise(ends)]
-        if array.null_count:
-            here = [view if ok else None for view, ok in zip(here, array.is_valid().to_pylist(), strict=True)]
-        views.extend(here)
-    return views
+from gpuload.fields import Column, Field, Known, Parts, Taken
+from gpuload.order.draws import Draws
 
 
-def image_bytes(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str | None] | None]:
-    """(the binary column, the paths beside it if there are any) of an image column of any stored form."""
-    chunks = [storage(chunk) for chunk in column.chunks]
-    kind = storage_type(column.type)
-    plain = pa.chunked_array(chunks, kind)
-    if not pa.types.is_struct(kind):
-        return plain, None
-    data = pc.struct_field(plain, "bytes")
-    if kind.get_field_index("path") < 0 or not data.null_count:
-        return data, None
-    return data, pc.struct_field(plain, "path").to_pylist()
+class NumberField:
+    """Columns of numbers, as ``Tensor[B, ...]``."""
 
+    transform = None
 
-def strings(column: pa.ChunkedArray) -> list[str | None]:
-    """The texts of a string column, plain or dictionary-encoded."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    texts: list[str | None] = column.to_pylist()
-    return texts
+    def __init__(self, columns: list[Column]) -> None:
+        self.columns = columns
+
+    @classmethod
+    def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
+        if not has_tensor(field.type):
+            return None
+        return Column(field.name, field.type, "tensor", _form(field.type), None, cls.make)
+
+    @classmethod
+    def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
+        return [cls(columns)]
+
+    def take(self, table: pa.Table, draws: Draws) -> Taken:
+        taken = Taken()
+        for column in self.columns:
+            taken.values[column.name], nulls = to_tensor(table.column(column.name))
+            if nulls is not None:
+                taken.nulls[column.name] = nulls
+        return taken
 
 
 def has_tensor(kind: pa.DataType) -> bool:
@@ -97,15 +76,6 @@ def to_tensor(column: pa.ChunkedArray) -> tuple[torch.Tensor, NDArray[np.bool_] 
         return tensor, None
     tensor.numpy()[null] = 0  # torch's own masked_fill does not know uint16, uint32 and uint64
     return tensor, np.asarray(null.reshape(len(null), -1).any(axis=1), np.bool_)
-
-
-def storage(array: pa.Array) -> pa.Array:
-    """The array below an extension type."""
-    return array.storage if isinstance(array, pa.ExtensionArray) else array
-
-
-def storage_type(kind: pa.DataType) -> pa.DataType:
-    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _is_bfloat16(kind: pa.DataType) -> bool:
@@ -156,3 +126,17 @@ def _permuted(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     if kind.permutation is None:
         return tensor
     return tensor.permute(0, *[1 + p for p in kind.permutation]).contiguous()
+
+
+def _form(kind: pa.DataType) -> str:
+    """dtype and shape of a batch, in words."""
+    shape: list[int] = []
+    if isinstance(kind, pa.FixedShapeTensorType):
+        order = kind.permutation or range(len(kind.shape))
+        shape, kind = [kind.shape[i] for i in order], kind.value_type
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    name = "bfloat16" if isinstance(kind, pa.BaseExtensionType) else {"uint64": "int64"}.get(str(kind), str(kind))
+    name = {"float": "float32", "double": "float64", "halffloat": "float16"}.get(name, name)
+    return f"{name}[{', '.join(['B', *map(str, shape)])}]"

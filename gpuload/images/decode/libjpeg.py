@@ -1,4 +1,4 @@
-"""Only the pixels that a crop needs: JPEG files and regions of them enter, windows of their pixels leave.
+"""Only the pixels that a window needs: pointers to plain JPEG files enter, the pixels of their windows leave.
 
 The libjpeg-turbo that Pillow brings can start, stop and crop; `kernels/jpeg_region.cpp` drives it. Inside the window
 every byte equals that of a whole decode. Without a compiler at installation, or with a Pillow that has another
@@ -36,7 +36,6 @@ PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
         ("theirs", np.int32),
     ]
 )
-_MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
 BLOCK = 32  # pixels: how far to the left of the window decoding may begin (four blocks of eight)
 _EIGHTHS = np.array([1, 2, 4, 8])  # the scales whose DCT is vectorised
 
@@ -79,75 +78,47 @@ def own_coefficients() -> bool:
     return False
 
 
-def windows(
-    heights: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    regions: NDArray[np.float64],
-    sizes: NDArray[np.int64],
-    fast: bool,
-) -> tuple[NDArray[np.void], NDArray[np.float64]]:
-    """What to decode of each image so that its region can be resized.
+def parts(
+    headers: NDArray[np.void], windows: NDArray[np.int64] | None, scales: NDArray[np.int64] | None
+) -> NDArray[np.void]:
+    """What to decode of plain JPEG files: PART[N] without addresses.
 
     Parameters
     ----------
-    heights, widths : i64[N]
-        Of the whole images, as they are stored.
-    regions : f64[N, 4]
-        x0, y0, width, height in pixels of the whole image, as it is stored.
-    sizes : i64[N, 2]
-        Width and height to resize to, as it is stored.
-    fast : bool
-        Halve images in the DCT while the region stays as large as its size.
-
-    Returns
-    -------
-    parts : PART[N]
-        x, y, w, h and eighths are set.
-    regions : f64[N, 4]
-        The same in pixels of the scaled image.
+    headers : HEADER[N]
+    windows : i64[N, 4] or None
+        x0, y0, width, height in pixels of each image as it is stored; None for whole images.
+    scales : i64[N] or None
+        Eighths to decode to.
     """
-    parts = np.zeros(len(regions), PART)
-    eighths = np.full(len(regions), 8)
-    if fast:
-        needed = 8 * np.max(sizes / regions[:, 2:], axis=1)
-        eighths = _EIGHTHS[np.minimum(np.searchsorted(_EIGHTHS, needed), 3)]
-    scaled = regions * (eighths / 8)[:, None]
-    for axis, (first, extent) in enumerate((("x", "w"), ("y", "h"))):
-        whole = -((widths, heights)[axis] * eighths // -8)
-        margin = np.maximum(1, scaled[:, 2 + axis] / sizes[:, axis]) + _MARGIN
-        low = np.maximum(0, np.floor(scaled[:, axis] - margin)).astype(np.int64)
-        high = np.minimum(whole, np.ceil(scaled[:, axis] + scaled[:, 2 + axis] + margin).astype(np.int64))
-        parts[first], parts[extent] = low, high - low
-    parts["eighths"] = eighths
-    return parts, scaled
+    found = np.zeros(len(headers), PART)
+    found["channels"] = headers["channels"]
+    found["eighths"] = eighths = np.full(len(headers), 8) if scales is None else scales
+    heights, widths = scaled(headers["height"], eighths), scaled(headers["width"], eighths)
+    if windows is None:
+        found["w"], found["h"] = widths, heights
+        return found
+    low = windows[:, :2] * eighths[:, None] // 8
+    high = -((windows[:, :2] + windows[:, 2:]) * eighths[:, None] // -8)
+    found["x"], found["y"] = low.T
+    found["w"], found["h"] = np.minimum(high[:, 0], widths) - low[:, 0], np.minimum(high[:, 1], heights) - low[:, 1]
+    more = headers["end"] < 2  # something follows the end marker: only who decodes to the last row knows it is the end
+    if more.any():
+        found["h"][more] = (heights - low[:, 1])[more]
+    return found
 
 
-def turned(
-    regions: NDArray[np.float64],
-    orientations: NDArray[np.int32],
-    heights: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    *,
-    back: bool = False,
-) -> NDArray[np.float64]:
-    """Regions in pixels of images as a person sees them → of the images as they are stored; or `back`.
+def scaled(size: Any, eighths: Any) -> Any:
+    """Heights or widths of images that were made smaller in their DCT, as libjpeg rounds them: up."""
+    return -(np.asarray(size, np.int64) * eighths // -8)
 
-    Parameters
-    ----------
-    regions : f64[N, 4]
-        x0, y0, width, height.
-    orientations : i32[N]
-        EXIF, 1 to 8.
-    heights, widths : i64[N]
-        Of the images as they are stored.
-    """
-    swapped = (orientations >= 5)[:, None]
-    found = regions if back else np.where(swapped, regions[:, [1, 0, 3, 2]], regions)
-    x, y, w, h = found.T
-    x = np.where(np.isin(orientations, (2, 3, 7, 8)), widths - x - w, x)
-    y = np.where(np.isin(orientations, (3, 4, 6, 7)), heights - y - h, y)
-    found = np.stack([x, y, w, h], axis=1)
-    return np.where(swapped, found[:, [1, 0, 3, 2]], found) if back else found
+
+def scales(views: NDArray[np.void], count: int, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Eighths, i64[count]: how much smaller each image may become while its views, VIEW[M], stay as large as `size`."""
+    needed = 8 * np.max(np.array(size[::-1]) / views["region"][:, 2:], axis=1)  # width and height as a person sees them
+    found = np.zeros(count, np.int64)
+    np.maximum.at(found, views["image"], _EIGHTHS[np.minimum(np.searchsorted(_EIGHTHS, needed), 3)])
+    return np.where(found, found, 8)
 
 
 def read(parts: NDArray[np.void]) -> None:

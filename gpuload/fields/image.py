@@ -1,0 +1,227 @@
+"""Images: Arrow columns of encoded images enter, tensors of pixels leave.
+
+One field a stored column: its outputs share what is read, the headers and what is decoded; each has views of its own.
+
+Arrow ─▶ Encoded ─▶ HEADER, judged ─▶ VIEW of each output ─▶ windows ║ decode ─▶ Ragged ─▶ resize, into the batch
+                    one native call a batch                          ║ in slices, on threads
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from gpuload.device import Streams, span
+from gpuload.errors import ConfigError
+from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, storage_type
+from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, views
+from gpuload.images.decode import libjpeg
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.transform import Image
+from gpuload.order.draws import Draws
+
+_NATIVE = Image(size=None, dtype=torch.uint8)
+
+
+class ImageField:
+    """The outputs of one stored column of images, all with the same `orient` and `fast`."""
+
+    transform = Image
+
+    def __init__(self, columns: list[Column], streams: list[str], parts: Parts) -> None:
+        self.columns, self._streams, self._parts = columns, streams, parts
+        self._images: list[Image] = [column.transform or _NATIVE for column in columns]
+
+    @classmethod
+    def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
+        if transform is None:
+            if not is_image(field, known):
+                return None
+            form = "uint8[B, 3, H, W], a list where sizes differ"
+        elif not isinstance(transform, Image):
+            return None
+        elif not _is_encoded(field.type):
+            got = f"{field.name!r}: {field.type}"
+            raise ConfigError(f"Expected a binary or struct<bytes, path> column for Image, got {got}.")
+        elif known.formats:
+            raise ConfigError(f"Expected only Text in transforms, got Image for {field.name!r}: DALI decodes images.")
+        else:
+            form = _form(transform)
+        return Column(field.name, field.type, "image", form, transform, cls.make, decodes=True)
+
+    @classmethod
+    def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
+        groups: dict[tuple[str, bool, bool], list[Column]] = {}
+        streams, seen = dict[str, str](), set[str]()
+        for column in columns:
+            image, origin = column.transform or _NATIVE, parts.origin(column.name)
+            groups.setdefault((origin, image.orient, image.fast), []).append(column)
+            streams[column.name] = column.name if origin in seen else ""  # the first keeps the numbers it always had
+            seen.add(origin)
+        return [cls(group, [streams[column.name] for column in group], parts) for group in groups.values()]
+
+    def take(self, table: pa.Table, draws: Draws) -> Taken:
+        name = self.columns[0].name
+        found, errors, read = encoded.from_arrow(table.column(name))
+        table_of = headers.read(found)
+        if not self._images[0].orient:
+            table_of["orientation"] = 1
+        headers.judge(found, table_of, self._parts.max_pixels, errors)
+        pillow.open_rest(found, table_of, self._parts.max_pixels, errors)
+        if not self._images[0].orient:
+            table_of["orientation"] = 1
+        outputs = [
+            _Output(column.name, image, views.views(image, table_of, draws, stream))
+            for column, image, stream in zip(self.columns, self._images, self._streams, strict=True)
+        ]
+        fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
+        work = _Work(found, table_of, outputs, self._parts)
+        return Taken(fails=fails, work=work, read=read, refused=len(errors))
+
+
+@dataclass
+class _Output:
+    """One output of a batch: what is wanted, and where it goes."""
+
+    name: str
+    image: Image
+    views: NDArray[np.void]  # VIEW[N]
+    made: Any = None  # Tensor[N, C, H, W], or a list of N where every image keeps its size
+    event: Any = None  # after its memory was allocated
+
+
+class _Work:
+    """The pixels of one batch and one stored column."""
+
+    def __init__(self, found: Encoded, table: NDArray[np.void], outputs: list[_Output], parts: Parts) -> None:
+        self._encoded, self._headers, self._outputs, self._parts = found, table, outputs, parts
+        self._lock = threading.Lock()
+        self._windows, self._scales = self._plan()
+        self.cost = found.size
+        self.size = sum(_bytes(output.image, table) for output in outputs)
+        for output in outputs:
+            if output.image.shape is None:
+                output.made = [None] * len(found)
+            elif not len(found):
+                self._room(output)
+
+    def run(self, lo: int, hi: int) -> tuple[Fails, Any]:
+        decoder, part = self._parts.decoder, slice(lo, hi)
+        windows = None if self._windows is None else self._windows[part]
+        if self._scales is not None and isinstance(decoder, CpuDecoder):
+            ragged = decoder.decode(self._encoded[part], self._headers[part], windows, self._scales[part])
+        else:
+            ragged = decoder.decode(self._encoded[part], self._headers[part], windows)
+        with ragged:
+            for output in self._outputs:
+                self._resize(ragged, output, lo, hi)
+            event = self._parts.streams.mark()
+        fails: Fails = [(lo + i, o.name, error) for o in self._outputs for i, error in ragged.errors.items()]
+        return fails, event
+
+    def finish(self) -> dict[str, Any]:
+        streams, values = self._parts.streams, dict[str, Any]()
+        for output in self._outputs:
+            values[output.name] = output.made
+            if isinstance(output.made, list):
+                streams.keep({output.name: output.made})
+                values[output.name] = _stacked(output.made, output.image, streams.device)
+        return values
+
+    def _plan(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+        """The windows that all outputs together look at, and the scales for `fast`; None for whole images."""
+        bounds, scales = None, None
+        if any(output.image.size is None for output in self._outputs):
+            return None, None
+        if self._outputs[0].image.fast:
+            each = [libjpeg.scales(o.views, len(self._headers), o.image.shape[1:]) for o in self._outputs]  # type: ignore[index]
+            scales = np.max(each, axis=0)
+        for output in self._outputs:
+            found = views.windows(output.views, self._headers, output.image.shape[1:], scales)  # type: ignore[index]
+            bounds = found if bounds is None else views.union(bounds, found)
+        return bounds, scales
+
+    def _room(self, output: _Output) -> torch.Tensor:
+        """Where the pixels of an output go: allocated by the slice that comes first, on its stream."""
+        streams: Streams = self._parts.streams
+        with self._lock:
+            if output.made is None:
+                layout = torch.channels_last if output.image.channels_last else torch.contiguous_format
+                shape = (len(output.views), *(output.image.shape or ()))
+                output.made = torch.empty(shape, dtype=output.image.dtype, memory_format=layout, device=streams.device)
+                output.event = streams.mark()
+            made: torch.Tensor = output.made
+            streams.share(made, output.event)
+            return made
+
+    def _resize(self, ragged: Ragged, output: _Output, lo: int, hi: int) -> None:
+        """From the decoder's memory into the batch's, on the thread's current stream."""
+        wanted = output.views[lo:hi].copy()
+        wanted["image"] -= lo
+        if output.image.shape is not None:
+            out = self._room(output)
+            with self._parts.resize.timed(), span("gpuload.resize"):
+                resize.resize_normalize(ragged, wanted, output.image, out[lo:hi])
+            return
+        for i in np.flatnonzero(ragged.table["height"]).tolist():
+            output.made[lo + i] = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
+
+
+def _bytes(image: Image, table: NDArray[np.void]) -> int:
+    """Bytes of a finished output."""
+    if image.shape is not None:
+        return len(table) * image.dtype.itemsize * math.prod(image.shape)
+    pixels = int((table["height"].astype(np.int64) * table["width"]).sum())
+    return pixels * image.channels * image.dtype.itemsize
+
+
+def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.device) -> Any:
+    """One tensor where all sizes agree, else the list; what could not be decoded becomes zeros."""
+    shapes = {tuple(pixels.shape) for pixels in images if pixels is not None}
+    blank = next(iter(shapes)) if len(shapes) == 1 else (image.channels, 1, 1)
+    filled = [torch.zeros(blank, dtype=image.dtype, device=device) if pixels is None else pixels for pixels in images]
+    return torch.stack(filled) if len(shapes) <= 1 and filled else filled
+
+
+def _form(image: Image) -> str:
+    dtype = str(image.dtype).removeprefix("torch.")
+    if image.shape is None:
+        return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
+    return f"{dtype}[B, {', '.join(map(str, image.shape))}]" + (" channels_last" if image.channels_last else "")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    kind = storage_type(kind)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    return _is_binary(kind)
+
+
+def is_image(field: pa.Field, known: Known) -> bool:
+    """Declared by Hugging Face or Lance, of Hugging Face's shape, or bytes that start like an image."""
+    if not _is_encoded(field.type):
+        return False
+    feature = known.features.get(field.name)
+    if isinstance(feature, dict) and "_type" in feature:
+        return bool(feature["_type"] == "Image")
+    if getattr(field.type, "extension_name", "") == "lance.arrow.encoded_image":
+        return True
+    kind = storage_type(field.type)
+    if pa.types.is_struct(kind):
+        return {f.name for f in kind} == {"bytes", "path"}
+    value = known.first_value(field.name)
+    return (
+        value is not None
+        and headers.sniff((value.value if hasattr(value, "value") else value).as_py()[:16]) is not None
+    )

@@ -1,0 +1,31 @@
+"""Anything else that Lance can store: an Arrow column enters, a list of Python values leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from gpuload.fields import Column, Field, Known, Parts, Taken, is_text
+from gpuload.order.draws import Draws
+
+
+class ListField:
+    """Columns of any type, as ``list`` of B values."""
+
+    transform = None
+
+    def __init__(self, columns: list[Column]) -> None:
+        self.columns = columns
+
+    @classmethod
+    def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
+        form = "list[str]" if is_text(field.type) else "list"
+        return Column(field.name, field.type, "list", form, None, cls.make)
+
+    @classmethod
+    def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
+        return [cls(columns)]
+
+    def take(self, table: pa.Table, draws: Draws) -> Taken:
+        return Taken({column.name: table.column(column.name).to_pylist() for column in self.columns})

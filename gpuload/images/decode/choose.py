@@ -1,0 +1,65 @@
+"""The one place where decoders are chosen: a word or an object, and a device enter; a `Decoder` leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpuload.errors import ConfigError
+from gpuload.images import Decoder
+from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.decode.dali import DaliDecoder
+from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+
+DECODERS = ("auto", "cpu", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity")
+CALLS = 2  # to a decoder of a GPU at once: one lays out and submits while the other's images are decoded
+_MEMBERS = ("name", "device", "decode", "counts", "close")
+
+
+def check_decoder(wish: Any) -> None:
+    """Raise `ConfigError` for anything that `make_decoder` would not take."""
+    if isinstance(wish, str):
+        if wish not in DECODERS:
+            raise ConfigError(f"Expected decoder as one of {DECODERS}, got {wish!r}.")
+        return
+    missing = [name for name in _MEMBERS if not hasattr(wish, name)]
+    if missing:
+        raise ConfigError(
+            f"Expected decoder as one of {DECODERS} or an object with the members of gpuload.Decoder, got {wish!r} "
+            f"without {missing[0]!r}."
+        )
+
+
+def make_decoder(wish: Any, device: torch.device, max_pixels: int, threads: int = 1) -> Decoder:
+    """The decoder that `wish` means on `device`; on CUDA, `threads` host threads are for it to use.
+
+    ``"auto"`` is nvImageCodec on CUDA and never anything slower, simplejpeg and Pillow on the CPU. A decoder object is
+    taken as it is.
+
+    Raises
+    ------
+    ConfigError
+        No such decoder, or one that decodes to another device.
+    DeviceError
+        Its package is not installed; says what to install.
+    """
+    check_decoder(wish)
+    if not isinstance(wish, str):
+        made: Decoder = wish
+        if torch.device(made.device) != device:
+            raise ConfigError(f"Expected a decoder for {device}, got {made.name!r}, which decodes to {made.device}.")
+        return made
+    name, _, mode = wish.partition(":")
+    cuda = device.type == "cuda"
+    if name == "cpu" or (name == "auto" and not cuda):
+        return LaneDecoder(device, max_pixels, threads) if cuda else CpuDecoder(max_pixels)
+    shared: dict[str, Any] = {"parity": mode == "parity", "calls": CALLS}
+    kind = DaliDecoder if name == "dali" else NvImageCodecDecoder
+    return kind(device, max_pixels, threads if cuda else 1, **shared)
+
+
+def calls_at_once(device: torch.device, threads: int) -> int:
+    """Threads that call the decoder: on the CPU they are the ones that decode."""
+    return CALLS if device.type == "cuda" else threads

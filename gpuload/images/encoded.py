@@ -1,0 +1,97 @@
+"""Pointers: an Arrow column of images enters, `Encoded` leaves; no object an image, and no byte is copied."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gpuload.errors import DecodeError
+from gpuload.images import Encoded
+
+_OFFSETS = {pa.binary(): np.int32, pa.string(): np.int32, pa.large_binary(): np.int64, pa.large_string(): np.int64}
+
+
+def from_arrow(column: pa.ChunkedArray) -> tuple[Encoded, dict[int, DecodeError], int]:
+    """The images of a column of any stored form.
+
+    Parameters
+    ----------
+    column : binary, large_binary, another binary type (cast, which copies), struct<bytes, path>, or an extension of one
+
+    Returns
+    -------
+    encoded : Encoded
+        Keeps the Arrow buffers alive.
+    errors : dict of int to DecodeError
+        Rows that hold only a path, to no file.
+    read : int
+        Bytes of the files that were read, because a row holds only their path: Hugging Face stores images that were
+        made from files so. They are not in the column's own ``nbytes``.
+    """
+    at, size, owner = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], list[Any]()
+    paths: dict[int, str] = {}
+    start = 0
+    for chunk in column.chunks:
+        array = storage(chunk)
+        if pa.types.is_struct(array.type):
+            paths |= _paths(array, start)
+            array = pc.struct_field(array, "bytes")
+        if array.type not in _OFFSETS:
+            array = array.cast(pa.large_binary())
+        found = _pointers(array)
+        at.append(found[0])
+        size.append(found[1])
+        owner.append(array)
+        start += len(array)
+    encoded = Encoded(np.concatenate(at), np.concatenate(size), owner)
+    errors, read = _read_files(encoded, paths, owner) if paths else ({}, 0)
+    return encoded, errors, read
+
+
+def storage(array: pa.Array) -> pa.Array:
+    """The array below an extension type."""
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def _pointers(array: pa.Array) -> tuple[Any, Any]:
+    """(u64[n], i64[n]) of a binary array: address and size of every value, address 0 for a null."""
+    n = len(array)
+    _, offsets, data = array.buffers()
+    if offsets is None or not n:
+        return np.zeros(n, np.uint64), np.zeros(n, np.int64)
+    ends = np.frombuffer(offsets, _OFFSETS[array.type])[array.offset : array.offset + n + 1].astype(np.int64)
+    base = data.address if data is not None and data.size else 1  # every value is empty then, and none of them a null
+    at, size = (ends[:-1] + base).astype(np.uint64), np.diff(ends)
+    if array.null_count:
+        null = array.is_null().to_numpy(zero_copy_only=False)
+        at[null] = size[null] = 0
+    return at, size
+
+
+def _paths(array: pa.Array, start: int) -> dict[int, str]:
+    """Row → path, of the rows of struct<bytes, path> that have no bytes."""
+    if array.type.get_field_index("path") < 0:
+        return {}
+    missing = pc.is_null(pc.struct_field(array, "bytes")).to_numpy(zero_copy_only=False).nonzero()[0]
+    if not len(missing):
+        return {}
+    found = pc.struct_field(array, "path").take(pa.array(missing)).to_pylist()
+    return {start + int(i): path for i, path in zip(missing, found, strict=True) if path}
+
+
+def _read_files(encoded: Encoded, paths: dict[int, str], owner: list[Any]) -> tuple[dict[int, DecodeError], int]:
+    errors, read = dict[int, DecodeError](), 0
+    for i, path in paths.items():
+        if not os.path.isfile(path):
+            cause = f"Expected image bytes or an existing file, got no bytes and the path {path!r}"
+            errors[i] = DecodeError(cause)
+            continue
+        data = np.fromfile(path, np.uint8)
+        owner.append(data)
+        encoded.at[i], encoded.size[i] = data.ctypes.data or 1, len(data)
+        read += len(data)
+    return errors, read

@@ -1,0 +1,137 @@
+"""What only Pillow can read: an image is opened once, for what its header does not tell, and loaded when it is decoded.
+
+One Python object an image, so nothing that has a way of its own comes here: plain JPEG and PNG headers do not.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as pillow
+from PIL import UnidentifiedImageError
+
+from gpuload.errors import DecodeError
+from gpuload.images import KINDS, Encoded
+
+_NOT_IMAGES = {"EPS", "WMF"}  # these run other programs, or draw
+_SIZED = {  # formats whose size and orientation are known as they are opened; others are loaded at once
+    "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "WEBP", "AVIF", "PPM", "QOI", "TGA",
+}  # fmt: skip
+_ORIENTATION = 0x0112
+
+
+def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, errors: dict[int, DecodeError]) -> None:
+    """What HEADER's `ask` asks for, written into `headers`; what cannot be opened goes into `errors` and has height 0.
+
+    The images are kept in ``encoded.opened`` until they are loaded; those whose size was known already are not.
+    """
+    for i in np.flatnonzero(headers["ask"] & (encoded.size > 0)).tolist():
+        if i in errors:
+            continue
+        header = headers[i]
+        sized = bool(header["height"])
+        try:
+            image = _open(encoded.view(i), int(header["kind"]), max_pixels)
+        except DecodeError as error:
+            if not sized:  # else who decodes it has the last word
+                errors[i] = error
+            continue
+        header["orientation"] = _orientation(image)
+        if not sized:
+            header["height"], header["width"], header["channels"] = image.height, image.width, channels(image)
+            header["precision"] = 16 if image.mode.startswith("I") else 0 if image.mode == "F" else 8
+            encoded.opened[i] = image
+
+
+def load(encoded: Encoded, i: int, header: Any, max_pixels: int) -> NDArray[np.uint8]:
+    """Pixels of image i, u8[height, width, 1 or 3], as they are stored; of the first frame.
+
+    Raises
+    ------
+    DecodeError
+        It is broken, or not of the size that `header` (a row of HEADER) says.
+    """
+    view, kind = encoded.view(i), int(header["kind"])
+    with encoded.opened.pop(i, None) or _open(view, kind, max_pixels) as image:
+        try:
+            image.load()
+            pixels = to_uint8(image)
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            raise _broken(view, kind, error) from error
+    wanted = (int(header["height"]), int(header["width"]))
+    if pixels.shape[:2] != wanted:
+        got = f"{pixels.shape[0]}x{pixels.shape[1]}"
+        raise DecodeError(f"Expected {wanted[0]}x{wanted[1]} pixels as the header says, got {got}")
+    return pixels
+
+
+def channels(image: pillow.Image) -> int:
+    """What `to_uint8` will make of it: 1 or 3."""
+    return 1 if image.mode in ("L", "1", "F", "LA", "La") or image.mode.startswith("I") else 3
+
+
+def to_uint8(image: pillow.Image) -> NDArray[np.uint8]:
+    """u8[H, W, 1 or 3]. Alpha is dropped, not blended. 16-bit samples keep their high byte, where Pillow clips."""
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
+        return (np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
+    if channels(image) == 1:
+        return np.asarray(image.convert("L"))[:, :, None]
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        return np.asarray(image.convert("RGBA"))[:, :, :3]  # the same pixels without Pillow's warning
+    return np.asarray(image.convert("RGB"))
+
+
+def _open(view: Any, kind: int, max_pixels: int) -> pillow.Image:
+    try:
+        image = pillow.open(io.BytesIO(view), formats=_formats())
+        _expect_size(image.height, image.width, max_pixels)
+        if image.format not in _SIZED:
+            image.load()
+        return image
+    except DecodeError:
+        raise
+    except UnidentifiedImageError:
+        got = f"{len(view)} bytes starting {bytes(view[:4]).hex()}"
+        raise DecodeError(f"Expected {_whole(kind)}, got {got}") from None
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        own = pillow.MAX_IMAGE_PIXELS or 0  # for what Pillow reads its own limit holds too, twice this
+        limit = f"{max_pixels} pixels (max_pixels)"
+        limit = limit if max_pixels <= own else f"{2 * own} pixels (2 * PIL.Image.MAX_IMAGE_PIXELS)"
+        raise DecodeError(f"Expected at most {limit}, got more: {error}") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+        raise _broken(view, kind, error) from error
+
+
+def _expect_size(height: int, width: int, most: int) -> None:
+    if height < 1 or width < 1:
+        raise DecodeError(f"Expected an image of at least 1x1 pixels, got {height}x{width}")
+    if height * width > most:
+        raise DecodeError(f"Expected at most {most} pixels (max_pixels), got {height}x{width} = {height * width}")
+
+
+def _orientation(image: pillow.Image) -> int:
+    """EXIF orientation still to be applied; Pillow turns TIFF files as it loads them."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken metadata does not make an image unreadable
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _broken(view: Any, kind: int, error: Exception) -> DecodeError:
+    return DecodeError(f"Expected {_whole(kind)}, got {len(view)} bytes that broke: {error}")
+
+
+def _whole(kind: int) -> str:
+    return f"a whole {KINDS[kind]} file" if kind else "an image"
+
+
+def _formats() -> list[str]:
+    if not pillow.OPEN or "TGA" not in pillow.OPEN:
+        pillow.init()
+    return [name for name in pillow.ID if name not in _NOT_IMAGES]

@@ -1,0 +1,186 @@
+"""Geometry as data: `Image`, HEADER[N] and draws enter, VIEW[M] leaves, before anything is decoded.
+
+A view says which image, which region of it and whether it is mirrored. It is never rewritten: a decoder says where what
+it decoded lies, and the resize combines the two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuload.images import VIEW, sizes
+from gpuload.images.transform import Image
+from gpuload.order.draws import Draws
+
+_TRIES = 10  # as torchvision's RandomResizedCrop
+_MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
+_F64 = NDArray[np.float64]
+
+
+def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:
+    """One view of every image: VIEW[N].
+
+    Parameters
+    ----------
+    image : Image
+    headers : HEADER[N]
+        Of images of height 0 the view means nothing.
+    draws : Draws
+        Of N rows.
+    stream : str
+        Name of the random numbers; ``""`` for a column's first output.
+    """
+    heights, widths = sizes(headers)
+    return of_regions(*regions(image, np.maximum(heights, 1), np.maximum(widths, 1), draws, stream))
+
+
+def of_regions(where: _F64, flips: NDArray[np.bool_]) -> NDArray[np.void]:
+    """VIEW[N] of regions f64[N, 4] and flips bool[N], one of each image."""
+    found = np.zeros(len(where), VIEW)
+    found["image"], found["region"], found["flip"] = np.arange(len(where)), where, flips
+    return found
+
+
+def regions(
+    image: Image, heights: NDArray[np.int64], widths: NDArray[np.int64], draws: Draws, stream: str = ""
+) -> tuple[_F64, NDArray[np.bool_]]:
+    """The region of each image that fills the output, and whether it is mirrored.
+
+    Parameters
+    ----------
+    image : Image
+    heights, widths : i64[N]
+        Size in pixels of each image as a person sees it (after orientation).
+    draws : Draws
+        Of N rows.
+    stream : str
+        Name of the random numbers.
+
+    Returns
+    -------
+    regions : f64[N, 4]
+        x0, y0, width, height in pixels, sub-pixel, within the image.
+    flips : bool[N]
+    """
+    h, w = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
+    needed = 3 + 2 * _TRIES if image.crop == "random" else int(image.flip > 0)  # a call costs 0.1 ms
+    drawn = draws.uniform(stream, needed) if needed else np.empty((len(h), 0))  # fewer are the same ones
+    flips: NDArray[np.bool_] = drawn[:, 0] < image.flip if needed else np.zeros(len(h), np.bool_)
+    half = np.full(len(h), 0.5)
+    if image.crop == "none" or image.size is None:
+        rw, rh, fx, fy = w, h, half, half
+    elif image.crop == "center":
+        rw, rh = _fit(image, h, w)
+        rw, rh, fx, fy = rw * image.crop_ratio, rh * image.crop_ratio, half, half
+    else:
+        rw, rh, fits = _random_size(image, h, w, drawn[:, 3:])
+        fx, fy = np.where(fits, drawn[:, 1], 0.5), np.where(fits, drawn[:, 2], 0.5)
+    return np.stack([(w - rw) * fx, (h - rh) * fy, rw, rh], axis=1), flips
+
+
+def windows(
+    views: NDArray[np.void], headers: NDArray[np.void], size: tuple[int, int], scales: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """What of each image has to be decoded so that its views can be resized.
+
+    Parameters
+    ----------
+    views : VIEW[M]
+    headers : HEADER[N]
+    size : (int, int)
+        Output height and width, pixels.
+    scales : i64[N], optional
+        Eighths: at which scale each image will be decoded; margins are as wide as that scale needs.
+
+    Returns
+    -------
+    i64[N, 4]
+        x0, y0, width, height in pixels of each image as it is stored: the bounding window of its views, wider by the
+        filter's support and a margin. Width and height 0 where an image has no view.
+    """
+    which = views["image"]
+    mine = headers[which]
+    turned = mine["orientation"] >= 5
+    region = to_stored(views["region"], mine["orientation"], mine["height"], mine["width"])
+    found = np.zeros((len(headers), 4), np.int64)
+    shrink = np.ones(len(which)) if scales is None else scales[which] / 8
+    for axis, whole in enumerate(("width", "height")):
+        outputs = np.where(turned, size[axis], size[1 - axis])
+        scale = region[:, 2 + axis] * shrink / outputs
+        margin = (np.maximum(1, scale) + _MARGIN) / shrink
+        low = np.maximum(0, np.floor(region[:, axis] - margin)).astype(np.int64)
+        high = np.minimum(mine[whole], np.ceil(region[:, axis] + region[:, 2 + axis] + margin).astype(np.int64))
+        if len(which) == len(headers) and (which == np.arange(len(headers))).all():
+            found[:, axis], found[:, 2 + axis] = low, high - low
+            continue
+        first, last = np.full(len(headers), np.iinfo(np.int64).max), np.zeros(len(headers), np.int64)
+        np.minimum.at(first, which, low)
+        np.maximum.at(last, which, high)
+        seen = last > 0
+        found[seen, axis], found[seen, 2 + axis] = first[seen], (last - first)[seen]
+    return found
+
+
+def union(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The bounding windows of two windows of each image: i64[N, 4]."""
+    low = np.minimum(one[:, :2], other[:, :2])
+    high = np.maximum(one[:, :2] + one[:, 2:], other[:, :2] + other[:, 2:])
+    return np.concatenate([low, high - low], axis=1)
+
+
+def to_stored(where: _F64, orientations: NDArray[np.integer], heights: NDArray, widths: NDArray) -> _F64:  # type: ignore[type-arg]
+    """Regions in pixels of images as a person sees them → of the images as they are stored.
+
+    Parameters
+    ----------
+    where : f64[N, 4]
+        x0, y0, width, height.
+    orientations : int[N]
+        EXIF, 1 to 8.
+    heights, widths : int[N]
+        Of the images as they are stored.
+    """
+    if (orientations == 1).all():
+        return where
+    swapped = (orientations >= 5)[:, None]
+    return _mirrored(np.where(swapped, where[:, [1, 0, 3, 2]], where), orientations, heights, widths)
+
+
+def to_seen(where: _F64, orientations: NDArray[np.integer], heights: NDArray, widths: NDArray) -> _F64:  # type: ignore[type-arg]
+    """The way back of `to_stored`."""
+    if (orientations == 1).all():
+        return where
+    found = _mirrored(where, orientations, heights, widths)
+    return np.where((orientations >= 5)[:, None], found[:, [1, 0, 3, 2]], found)
+
+
+def _mirrored(where: _F64, orientations: NDArray[np.integer], heights: NDArray, widths: NDArray) -> _F64:  # type: ignore[type-arg]
+    x, y, w, h = where.T
+    x = np.where(np.isin(orientations, (2, 3, 7, 8)), widths - x - w, x)
+    y = np.where(np.isin(orientations, (3, 4, 6, 7)), heights - y - h, y)
+    return np.stack([x, y, w, h], axis=1)
+
+
+def _fit(image: Image, h: _F64, w: _F64) -> tuple[_F64, _F64]:
+    """The largest rectangle of the output's shape inside each image."""
+    _, out_h, out_w = image.shape or (0, 1, 1)
+    rw = np.minimum(w, h * out_w / out_h)
+    return rw, np.minimum(h, rw * out_h / out_w)
+
+
+def _random_size(image: Image, h: _F64, w: _F64, drawn: _F64) -> tuple[_F64, _F64, NDArray[np.bool_]]:
+    """Random-resized crop: the first of ten drawn (area, ratio) that fits; else the whole image, its
+    ratio clipped, as torchvision's ``RandomResizedCrop.get_params`` does."""
+    area = (h * w)[:, None] * (image.scale[0] + drawn[:, 0::2] * (image.scale[1] - image.scale[0]))
+    low, high = math.log(image.ratio[0]), math.log(image.ratio[1])
+    ratio = np.exp(low + drawn[:, 1::2] * (high - low))
+    rw, rh = np.sqrt(area * ratio), np.sqrt(area / ratio)  # f64[N, tries]
+    fits: NDArray[np.bool_] = (rw <= w[:, None]) & (rh <= h[:, None])
+    first, good = fits.argmax(axis=1), np.asarray(fits.any(axis=1), np.bool_)
+    pick = np.arange(len(h))
+    clipped = np.clip(w / h, image.ratio[0], image.ratio[1])
+    whole_w, whole_h = np.minimum(w, h * clipped), np.minimum(h, w / clipped)
+    return np.where(good, rw[pick, first], whole_w), np.where(good, rh[pick, first], whole_h), good
