@@ -146,6 +146,7 @@ class Pipeline:
                 part.draft.slices -= 1
                 if not part.draft.slices:
                     budget.leave()
+                    done.ready()  # starts what may be under way while the loop works
                     yield self._finish(part.draft)
                 del part
         finally:
