@@ -22,4 +22,12 @@ jpeg = Extension(
     extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
-setup(ext_modules=[resize, jpeg] if sys.platform != "win32" else [])
+headers = Extension(
+    "gpuload.kernels._headers",
+    sources=["kernels/headers.cpp"],
+    depends=["kernels/flags.py"],
+    language="c++",
+    extra_compile_args=[*flags, "-g0"],
+    optional=True,
+)
+setup(ext_modules=[resize, jpeg, headers] if sys.platform != "win32" else [])

@@ -1,7 +1,7 @@
 """The kernels: what compiles, loads and launches the sources in this folder. A table of `ROW` enters, `out` is filled.
 
 CuPy is imported at the first launch on a GPU, and only here; NVRTC compiles then, once per device, and CuPy keeps
-the binary on disk. The CPU library is built when the package is installed; without a compiler there is none.
+the binary on disk. The CPU libraries are built when the package is installed; without a compiler there are none.
 """
 
 from __future__ import annotations
@@ -57,6 +57,40 @@ def cpu_library() -> ctypes.CDLL | None:
     """The CPU build that came with the installation, None if there is none."""
     found = sorted(_FOLDER.glob("_resize*.so"))
     return load(found[0]) if found else None
+
+
+def load_headers(path: Path) -> ctypes.CDLL:
+    """A library built from headers.cpp. Calls release the GIL and may run at the same time."""
+    library = ctypes.CDLL(str(path))
+    pointer = ctypes.c_void_p
+    library.gpuload_headers.argtypes, library.gpuload_headers.restype = (
+        [pointer, pointer, ctypes.c_int64, pointer],
+        None,
+    )
+    return library
+
+
+@cache
+def headers_library() -> ctypes.CDLL | None:
+    """The reader of headers that came with the installation, None if there is none."""
+    found = sorted(_FOLDER.glob("_headers*.so"))
+    return load_headers(found[0]) if found else None
+
+
+def run_headers(library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.int64], out: NDArray[np.void]) -> None:
+    """Read the headers of N files in memory into `out`, HEADER[N], on the calling thread.
+
+    Parameters
+    ----------
+    library : CDLL
+        From `headers_library` or `load_headers`.
+    at : u64[N]
+        Where each file begins, 0 for none; nothing outside its bytes is read.
+    size : i64[N]
+        Its bytes.
+    """
+    at, size = np.ascontiguousarray(at, np.uint64), np.ascontiguousarray(size, np.int64)
+    library.gpuload_headers(at.ctypes.data, size.ctypes.data, len(out), out.ctypes.data)
 
 
 def run_cpu(

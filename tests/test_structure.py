@@ -25,7 +25,7 @@ images images.transform
 tables tables.malloc tables.projection tables.lance
 order.samplers
 fields fields.columns
-kernels
+kernels images.headers
 images.decode images.decode.header images.decode.host images.decode.region images.decode.cpu images.decode.encoded
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali
 images.resize fields.text batch
