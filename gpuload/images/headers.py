@@ -120,7 +120,7 @@ def _without_padding(file: memoryview) -> int:
 
 def _ends(file: memoryview, start: int) -> bool:
     last = _without_padding(file) - 2
-    return last >= start and file[last : last + 2] == b"\xff\xd9"
+    return last >= start and bytes(file[last : last + 2]) == b"\xff\xd9"
 
 
 class _Refused(Exception):
