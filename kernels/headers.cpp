@@ -248,7 +248,7 @@ struct Jpeg {
 
   Colour colour() const {  // default_decompress_parms of libjpeg-turbo's jdapimin.c
     const uint8_t* id = out.id;
-    const bool lossless = out.process == 3;
+    const bool lossless = out.process == 3 || out.process == 11;
     if (out.components == 1) return GRAY;
     if (out.components != 3) return OTHER;
     if (out.jfif) return YCBCR;

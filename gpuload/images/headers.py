@@ -173,6 +173,8 @@ def _markers(file: memoryview, found: _Found) -> int:
 
 
 def _next_marker(file: memoryview, at: int) -> tuple[int, int] | None:
+    if at + 2 <= len(file) and file[at] == 0xFF and 0 < file[at + 1] < 0xFF:  # as it should be
+        return file[at + 1], at + 2
     while match := _MARKER.search(file, at):
         at = match.end()
         if match[1] != b"\0":
@@ -264,7 +266,7 @@ def _colour(found: _Found, ids: list[int]) -> int:
         return YCBCR
     if "adobe" in found:
         return RGB if found["adobe"] == 1 else YCBCR
-    return RGB if bytes(ids) == b"RGB" or found["process"] == 3 else YCBCR
+    return RGB if bytes(ids) == b"RGB" or found["process"] in (3, 11) else YCBCR
 
 
 def _orientation(tiff: bytes) -> int | None:
