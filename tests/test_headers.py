@@ -32,6 +32,7 @@ from gpuload.images.headers import judge, read, read_native, read_twin, sniff
 
 PICTURE = picture(24, 32)
 SIX = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)  # the entry of a directory that says orientation 6
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
 EOI = b"\xff\xd9"
 
 
@@ -83,7 +84,7 @@ def film() -> bytes:
 
 def xmp(orientation: int) -> bytes:
     text = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
-    return segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + text)
+    return segment(0xE1, XMP + text)
 
 
 def real_files() -> list[bytes]:
@@ -371,7 +372,7 @@ LOST = struct.pack("<HHLL", 0x010F, 2, 5, 0xFFFF)
     [
         (exif(LONG),),
         (exif(TWO),),
-        (exif(SIX, SIX),),
+        (exif(SIX, SIX[:8] + b"\3\0\0\0"),),
         (exif(LOST, SIX),),
         (exif()[:-6],),
         (segment(0xE1, b"Exif\0\0"),),
@@ -380,6 +381,7 @@ LOST = struct.pack("<HHLL", 0x010F, 2, 5, 0xFFFF)
         (segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff\0\0"),),
         (xmp(6),),
         (exif(), xmp(6)),
+        (segment(0xE1, XMP + b'tiff:Orientation= tiff:Orientation>3 tiff:Orientation="1'),),
     ],
 )
 def test_what_is_unusual_is_left_to_pillow(headers_of: Any, parts: Any) -> None:
@@ -394,8 +396,13 @@ def test_what_is_unusual_is_left_to_pillow(headers_of: Any, parts: Any) -> None:
         ((exif(SIX, LOST),), 6),
         ((exif(SIX), exif()), 6),  # the second goes on where the first ends
         ((exif(), exif(SIX)), 1),
+        ((exif(SIX, SIX), exif()), 6),
         ((exif(SIX), xmp(3)), 6),
-        ((xmp(3), xmp(0)[:40]), 1),
+        ((xmp(1),), 1),
+        ((xmp(9),), 1),
+        ((xmp(3), xmp(6)[:-5]), 1),  # the last counts, and it breaks off
+        ((segment(0xE1, XMP + b"tiff:Orientation"), exif()), 1),
+        ((segment(0xE1, XMP + b'tiff:Orientation="1tiff:Orientation>6'),), 1),
         ((), 1),
     ],
 )
@@ -559,7 +566,7 @@ def test_both_readers_say_the_same_of_any_file(library: ctypes.CDLL, files: list
 
 @MANY
 @given(st.lists(broken(), min_size=4, max_size=4))
-@example([jpeg(exif(SIX, SIX), DQT, GRAY_FRAME, DHT, scan(1))])
+@example([jpeg(exif(SIX, SIX[:8] + b"\3\0\0\0"), DQT, GRAY_FRAME, DHT, scan(1))])
 def test_what_a_header_says_pillow_and_libjpeg_say_too(library: ctypes.CDLL, files: list[bytes]) -> None:
     for file, h in zip(files, read_native(library, Encoded.of(files)), strict=True):
         if h["kind"] not in (1, 2):
