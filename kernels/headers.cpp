@@ -9,6 +9,9 @@
 // up before that (a frame of no pixels, a second frame, a segment of a wrong length, the end of the file), the header
 // says kind, end and `ask` alone: Pillow, which carries libjpeg, then has the last word. What only decoding refuses
 // (12 bits, processes it does not know, tables that are missing) is told as it stands.
+// Pillow has a reader of its own before libjpeg's. It stops at FF01 before the scan, goes on behind a second start
+// marker, an end marker and FFF0 to FFFD, and takes the size of the last frame: it differs in files that one of the two
+// refuses, so where it opens a file and libjpeg decodes it, size and orientation here are Pillow's.
 #include <cstdint>
 #include <cstring>
 
@@ -119,8 +122,8 @@ int orientation_of(const Bytes& tiff) {
   return found;
 }
 
-// Whether XMP data turn the image, by the first `tiff:Orientation="6` or `tiff:Orientation>6`: Pillow looks there for what
-// EXIF data do not say.
+// Whether XMP data turn the image, by the first `tiff:Orientation="6` or `tiff:Orientation>6`: Pillow looks there where
+// EXIF data have no orientation.
 bool turns(const Bytes& xmp) {
   const char name[] = "tiff:Orientation";
   const int64_t length = sizeof name - 1;

@@ -12,6 +12,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -676,6 +678,29 @@ def test_slices_and_selections_are_read_where_they_lie(library: ctypes.CDLL) -> 
     assert read_native(library, encoded.take(np.array([4, 2]))).tobytes() == whole[[4, 2]].tobytes()
     backwards = Encoded(encoded.at[::-1], encoded.size[::-1], encoded.owner)
     assert read_native(library, backwards).tobytes() == whole[::-1].tobytes()
+
+
+def test_other_threads_run_meanwhile(library: ctypes.CDLL) -> None:
+    many = Encoded.of([PLAIN]).take(np.zeros(300_000, np.int64))  # 30 ms
+    turns, stop = [0], threading.Event()
+
+    def turn() -> None:
+        while not stop.is_set():
+            turns[0] += 1
+            time.sleep(0)  # gives the GIL to who wants it
+
+    thread = threading.Thread(target=turn)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # or the thread would get it while Python runs here
+    try:
+        thread.start()
+        seen = turns[0]
+        read_native(library, many)
+        assert turns[0] > seen
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+        thread.join()
 
 
 def test_headers_are_judged_with_the_words_of_always() -> None:
