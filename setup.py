@@ -24,7 +24,7 @@ jpeg = Extension(
 )
 headers = Extension(
     "gpuload.kernels._headers",
-    sources=["kernels/headers.cpp"],
+    sources=["kernels/headers.cpp", "kernels/philox.cpp"],
     depends=["kernels/flags.py"],
     language="c++",
     extra_compile_args=[*flags, "-g0"],

@@ -60,13 +60,12 @@ def cpu_library() -> ctypes.CDLL | None:
 
 
 def load_headers(path: Path) -> ctypes.CDLL:
-    """A library built from headers.cpp. Calls release the GIL and may run at the same time."""
+    """A library built from headers.cpp and philox.cpp. Calls release the GIL and may run at the same time."""
     library = ctypes.CDLL(str(path))
-    pointer = ctypes.c_void_p
-    library.gpuload_headers.argtypes, library.gpuload_headers.restype = (
-        [pointer, pointer, ctypes.c_int64, pointer],
-        None,
-    )
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.gpuload_headers.argtypes, library.gpuload_headers.restype = [pointer, pointer, number, pointer], None
+    words = [ctypes.c_uint32, ctypes.c_uint64]
+    library.gpuload_uniform.argtypes, library.gpuload_uniform.restype = [pointer, number, number, *words, pointer], None
     return library
 
 
@@ -91,6 +90,13 @@ def run_headers(library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.i
     """
     at, size = np.ascontiguousarray(at, np.uint64), np.ascontiguousarray(size, np.int64)
     library.gpuload_headers(at.ctypes.data, size.ctypes.data, len(out), out.ctypes.data)
+
+
+def run_uniform(
+    library: ctypes.CDLL, rows: NDArray[np.int64], n: int, epoch: int, key: int, out: NDArray[np.float64]
+) -> None:
+    """Fill `out`, f64[rows, n], with the numbers of `gpuload.order.philox.uniform`; `epoch` has 32 bits, `key` 64."""
+    library.gpuload_uniform(rows.ctypes.data, len(rows), n, epoch, key, out.ctypes.data)
 
 
 def run_cpu(
