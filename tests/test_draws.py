@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gpuload import Image, kernels
 from gpuload.images.views import regions
 from gpuload.order.draws import Draws
+from gpuload.order.permutation import Permutation
 from gpuload.order.philox import uniform, uniform_twin
 
 # What the first edition drew: uniform(5, 2, [0, 1, 10**10], 6), and a random crop with flips.
@@ -90,7 +91,19 @@ def test_a_seed_under_a_name_is_no_other_seed_without() -> None:
     assert not others & set(Draws(0, 0, rows).uniform("a", 1)[:, 0].tolist())
 
 
-@pytest.mark.skipif(kernels.headers_library() is None, reason="needs the compiled part")
+@pytest.mark.skipif(kernels.tables_library() is None, reason="needs the compiled part")
+@settings(deadline=None)
+@given(st.integers(1, 2**62), st.integers(-5, 2**64), st.integers(0, 2**33), st.data())
+def test_the_compiled_order_is_the_twins(n: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    shuffled = Permutation(n, seed, epoch)
+    index = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=20)), np.int64)
+    places = shuffled(index)
+    np.testing.assert_array_equal(places, shuffled.twin(index))
+    np.testing.assert_array_equal(shuffled.inverse(places), index)
+    np.testing.assert_array_equal(shuffled.twin(places, backwards=True), index)
+
+
+@pytest.mark.skipif(kernels.tables_library() is None, reason="needs the compiled part")
 @settings(deadline=None)
 @given(st.integers(-5, 2**64), st.integers(0, 2**33), st.lists(st.integers(-9, 2**62)), st.integers(0, 25))
 def test_the_compiled_numbers_are_the_twins(seed: int, epoch: int, rows: list[int], n: int) -> None:

@@ -126,7 +126,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def library(path: Path) -> ctypes.CDLL:
-    return kernels.load_headers(path)
+    return kernels.load_tables(path)
 
 
 @pytest.fixture(scope="session", params=["native", "twin"])
@@ -635,7 +635,7 @@ for path in sys.argv[2:]:
     for size in range(1, min(len(whole), room) + 1):
         for at in (low, high - size):
             ctypes.memmove(at, whole, size)
-            library.gpuload_headers(
+            library.gpuload_tables(
                 ctypes.byref(ctypes.c_uint64(at)), ctypes.byref(ctypes.c_int64(size)), ctypes.c_int64(1), out)
             read += 1
 print(read)
@@ -667,7 +667,7 @@ def test_the_memory_around_it_cannot_be_read(path: Path, place: str) -> None:
 def test_both_ways_give_the_installations_table(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded.of([None, b"", *FILES])
     with_it = read(encoded)
-    monkeypatch.setattr(kernels, "headers_library", lambda: None)
+    monkeypatch.setattr(kernels, "tables_library", lambda: None)
     assert with_it.tobytes() == read(encoded).tobytes() == read_native(library, encoded).tobytes()
 
 

@@ -44,7 +44,7 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 def uniform(seed: int, epoch: int, rows: NDArray[np.int64], n: int) -> NDArray[np.float64]:
     """``n`` uniforms in the open interval (0, 1) for every row: f64[len(rows), n]. The word of each is number j % 4 of
     block j // 4, whose counter is (row's low and high 32 bits, block, epoch), under the 64 bits of `seed`."""
-    library = kernels.headers_library()
+    library = kernels.tables_library()
     if library is None:
         return uniform_twin(seed, epoch, rows, n)
     rows, out = np.ascontiguousarray(rows, np.int64), np.empty((len(rows), n))
