@@ -117,9 +117,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     assert compiler, "Expected a C++ compiler to test kernels/headers.cpp with, got none. Do: apt install g++"
     target = tmp_path_factory.mktemp("headers") / "headers.so"
-    source = Path(kernels.__file__).parent / "headers.cpp"
+    sources = [str(Path(kernels.__file__).parent / name) for name in ("headers.cpp", "order.cpp")]
     command = [compiler, *kernels.flags.CXX, "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", str(target)]
-    built = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    built = subprocess.run([*command, *sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return target
 
@@ -635,7 +635,7 @@ for path in sys.argv[2:]:
     for size in range(1, min(len(whole), room) + 1):
         for at in (low, high - size):
             ctypes.memmove(at, whole, size)
-            library.gpuload_tables(
+            library.gpuload_headers(
                 ctypes.byref(ctypes.c_uint64(at)), ctypes.byref(ctypes.c_int64(size)), ctypes.c_int64(1), out)
             read += 1
 print(read)
