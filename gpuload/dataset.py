@@ -65,7 +65,7 @@ class LanceDataset(IterableDataset[Batch]):
     shard_granularity : {"fragment", "batch"}, optional
         What ranks divide without a `sampler`: batches (the default, always equal) or whole fragments.
     batch_readahead : int
-        Batches prepared ahead of the training loop; memory is bounded by it.
+        Batches under way at most, from the beginning of their reading until the loop takes them.
     readahead_bytes : int
         And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
     to_tensor_fn : callable or None, optional
@@ -116,7 +116,7 @@ class LanceDataset(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         shard_granularity: Literal["fragment", "batch"] | None = None,
-        batch_readahead: int = 4,
+        batch_readahead: int = 6,
         to_tensor_fn: Callable[..., Any] | None = _DEFAULT,
         sampler: Any = None,
         auto_detect_rank: bool = True,
