@@ -25,7 +25,7 @@ from gpuload.fields import Column, Parts
 from gpuload.fields.choose import fields, resolve
 from gpuload.fields.text import Text
 from gpuload.images import Decoder, resize
-from gpuload.images.decode.choose import calls_at_once, check_decoder, make_decoder
+from gpuload.images.decode.choose import calls_at_once, check_decoder, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
 from gpuload.images.transform import Image
 from gpuload.order import state
@@ -317,8 +317,8 @@ class LanceDataset(IterableDataset[Batch]):
             order = [name for column in self._columns for name in (column.name, *column.more)]
             pipeline = Pipeline(
                 fields(self._columns, parts), order, streams, seed=self.seed, epoch=position.epoch,
-                on_error=self.on_error, ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
-                counts=self._counts, clocks=clocks,
+                on_error=self.on_error, whole=takes_batches(parts.decoder), ahead=self.batch_readahead,
+                ahead_bytes=self.readahead_bytes, counts=self._counts, clocks=clocks,
             )  # fmt: skip
             running: Any = pipeline.run(reads)
         else:
@@ -342,7 +342,7 @@ class LanceDataset(IterableDataset[Batch]):
             device, threads = self.device, self.num_threads or threads_here()
             self._decoder = make_decoder(wish, device, self.max_pixels, threads)
             for name in ("decode", "resize"):
-                self._clocks[name].threads = calls_at_once(device, threads)
+                self._clocks[name].threads = calls_at_once(self._decoder, threads)
         return self._decoder
 
     def _fill_cache(self) -> None:

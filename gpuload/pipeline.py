@@ -4,8 +4,8 @@ reads ─Read─▶ read: Arrow, fields' values ─Draft─▶ slices ─▶ dec
               threads: a quarter of the cores,     num_threads (one a core)          consumer's
               2 to 4 (storage is waited for)
 
-On a GPU the slices are larger and two threads hand them to the decoder, each with streams of its own; the consumer's
-stream waits for events, the consumer for nothing.
+On a GPU a slice is a whole batch and two threads hand them to the decoder, each with streams of its own; the
+consumer's stream waits for events, the consumer for nothing.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Pipeline:
     seed, epoch : int
         Of the draws.
     on_error : {"raise", "skip", "mask"}
-    threads : int
-        That read, and that do the fields' work.
+    whole : bool
+        Slices are whole batches, not a few rows.
     ahead : int
         Batches under way at most, from the beginning of their reading until they are taken.
     ahead_bytes : int
@@ -109,6 +109,7 @@ class Pipeline:
         seed: int,
         epoch: int,
         on_error: str,
+        whole: bool,
         ahead: int,
         ahead_bytes: int,
         counts: Counter[str],
@@ -116,6 +117,7 @@ class Pipeline:
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
+        self._whole = whole
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
@@ -146,6 +148,7 @@ class Pipeline:
                 part.draft.slices -= 1
                 if not part.draft.slices:
                     budget.leave()
+                    done.ready()  # starts what may be under way while the loop works
                     yield self._finish(part.draft)
                 del part
         finally:
@@ -190,7 +193,7 @@ class Pipeline:
 
         On a GPU the whole batch, or a half, a quarter, an eighth of it: a decoder there is made for calls of one size.
         """
-        if not self._streams.cuda:
+        if not self._whole:
             return max(1, min(_SLICE_ROWS, -(-len(cost) // (2 * self._clocks["decode"].threads)))), _SLICE_BYTES
         size, parts = int(cost.sum()), 1
         while size > parts * _CUDA_SLICE_BYTES and parts < len(cost):

@@ -9,6 +9,9 @@
 // up before that (a frame of no pixels, a second frame, a segment of a wrong length, the end of the file), the header
 // says kind, end and `ask` alone: Pillow, which carries libjpeg, then has the last word. What only decoding refuses
 // (12 bits, processes it does not know, tables that are missing) is told as it stands.
+// Pillow has a reader of its own before libjpeg's. It stops at FF01 before the scan, goes on behind a second start
+// marker, an end marker and FFF0 to FFFD, and takes the size of the last frame: it differs in files that one of the two
+// refuses, so where it opens a file and libjpeg decodes it, size and orientation here are Pillow's.
 #include <cstdint>
 #include <cstring>
 
@@ -90,7 +93,8 @@ const int TAG = 0x0112, SHORT = 3;
 const int BYTES_OF[17] = {0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8};  // of one value, by TIFF type; 0 unknown
 
 // Of a TIFF structure in which all is as it should be (TIFF 6.0, section 2: byte order, 42, offset of the directory;
-// there a count and entries of 12 bytes). ASK for any other, and where the tag stands twice: versions of Pillow differ.
+// there a count and entries of 12 bytes). ASK for any other, and where the tag stands twice with two values: versions
+// of Pillow differ.
 int orientation_of(const Bytes& tiff) {
   const bool big = tiff.has(0, "MM\0*");
   if (tiff.size < 10 || (!big && !tiff.has(0, "II*\0"))) return ASK;
@@ -106,9 +110,9 @@ int orientation_of(const Bytes& tiff) {
     const unsigned tag = u16(entry), type = u16(entry + 2);
     const int64_t count = u32(entry + 4), value = u32(entry + 8);
     if (tag == TAG) {
-      if (found != ABSENT || type != SHORT || count != 1) return ASK;
-      const unsigned given = u16(entry + 8);
-      found = given >= 1 && given <= 8 ? (int)given : 1;
+      const int given = (int)u16(entry + 8), valid = given >= 1 && given <= 8 ? given : 1;
+      if (type != SHORT || count != 1 || (found != ABSENT && found != valid)) return ASK;
+      found = valid;
     } else if (found == ABSENT) {  // Pillow stops at the first value that is not there
       const int64_t size = count * (type < 17 ? BYTES_OF[type] : 0);
       elsewhere += size;
@@ -116,6 +120,19 @@ int orientation_of(const Bytes& tiff) {
     }
   }
   return found;
+}
+
+// Whether XMP data turn the image, by the first `tiff:Orientation="6` or `tiff:Orientation>6`: Pillow looks there where
+// EXIF data have no orientation.
+bool turns(const Bytes& xmp) {
+  const char name[] = "tiff:Orientation";
+  const int64_t length = sizeof name - 1;
+  for (int64_t i = 0; (i = xmp.find(name, length, i)) >= 0;) {
+    i += length;
+    const int64_t digit = i + (xmp.has(i, "=\"") ? 2 : xmp.has(i, ">") ? 1 : xmp.size);
+    if (digit < xmp.size && xmp[digit] >= '0' && xmp[digit] <= '9') return xmp[digit] >= '2' && xmp[digit] <= '8';
+  }
+  return false;
 }
 
 // --- JPEG ---
@@ -248,7 +265,7 @@ struct Jpeg {
 
   Colour colour() const {  // default_decompress_parms of libjpeg-turbo's jdapimin.c
     const uint8_t* id = out.id;
-    const bool lossless = out.process == 3;
+    const bool lossless = out.process == 3 || out.process == 11;
     if (out.components == 1) return GRAY;
     if (out.components != 3) return OTHER;
     if (out.jfif) return YCBCR;
@@ -259,7 +276,7 @@ struct Jpeg {
 
   void metadata() {
     const int found = exif.at ? orientation_of(exif) : ABSENT;
-    out.ask = found == ASK || (found == ABSENT && xmp.at && xmp.holds("tiff:Orientation"));
+    out.ask = found == ASK || (found == ABSENT && turns(xmp));
     if (found > 0) out.orientation = (uint8_t)found;
   }
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from making import jpeg
 
 from gpuload import LanceDataset
-from gpuload.fields.columns import to_tensor
+from gpuload.fields.numbers import to_tensor
 
 Store = Callable[..., str]
 BIG = 2**60 + 1  # no float64

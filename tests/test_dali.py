@@ -313,7 +313,8 @@ def test_mask_keeps_shapes(store: Callable[..., str]) -> None:
 
 def test_an_image_that_breaks_inside_dali_is_named(store: Callable[..., str]) -> None:
     whole = encode(picture(64, 64), "PNG")
-    images = [jpeg(), jpeg(), jpeg(), whole[: len(whole) // 2] + whole[-12:]]
+    middle = len(whole) // 2
+    images = [jpeg(), jpeg(), jpeg(), whole[:middle] + bytes(64) + whole[middle + 64 :]]  # every chunk is there
     path = store({"image": images, "number": range(4)})
     iterator = DALILanceIterator(decoded(path, None, {"on_error": "skip"}, batch_size=2))
     with iterator:

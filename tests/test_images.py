@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from making import by_pillow, by_row, claiming, encode, jpeg, picture, png
 
 from gpuload import Image, LanceDataset
-from gpuload.images.decode.region import library
+from gpuload.images.decode.libjpeg import library
+from gpuload.images.views import regions as regions_of
+from gpuload.order.draws import Draws
 
 Store = Callable[..., str]
 LEVELS = 1.01 / 255  # Pillow rounds to 8 bits after each of its two passes, gpuload once at the end
@@ -198,7 +200,7 @@ def test_resized_pixels_are_pillows_of_the_same_region(name: str, store: Store, 
     (batch,) = dataset
     assert batch["image"].shape == (len(pictures), *image.shape)
     heights, widths = np.array([p.height for p in pictures]), np.array([p.width for p in pictures])
-    regions, flips = image.regions(heights, widths, 5, 2, np.arange(len(pictures)))
+    regions, flips = regions_of(image, heights, widths, Draws(5, 2, np.arange(len(pictures))))
     for pixels, original, region, flip in zip(batch["image"], pictures, regions, flips, strict=True):
         expected = sized(image, original, region, flip) / 255
         got = pixels.double().cpu().numpy()
@@ -351,7 +353,7 @@ def test_random_crops_are_uniform_in_area_ratio_and_place() -> None:
     n = 20_000
     image = Image(8, crop="random", scale=(0.2, 0.5), flip=0.3)  # every draw fits a square picture
     side = np.full(n, 1000)
-    regions, flips = image.regions(side, side, 0, 0, np.arange(n))
+    regions, flips = regions_of(image, side, side, Draws(0, 0, np.arange(n)))
     x, y, w, h = regions.T
     limit = 1.95 / math.sqrt(n)  # passed by chance with 99.9 %; the seed is fixed
     assert kolmogorov((w * h / 1e6 - 0.2) / 0.3) < limit
@@ -375,7 +377,7 @@ def test_random_crops_lie_inside_the_image_and_the_limits(
 ) -> None:
     image = Image(8, crop="random", scale=scale, ratio=ratio)
     rows = np.arange(row, row + 20)
-    regions, _ = image.regions(np.full(20, height), np.full(20, width), seed, epoch, rows)
+    regions, _ = regions_of(image, np.full(20, height), np.full(20, width), Draws(seed, epoch, rows))
     x, y, w, h = regions.T
     assert ((x >= 0) & (y >= 0) & (w > 0) & (h > 0)).all()
     assert (x + w <= width * (1 + 1e-9)).all()
@@ -393,7 +395,7 @@ def test_centre_crops_have_the_outputs_shape_and_the_images_centre(
     height: int, width: int, out_h: int, out_w: int, share: float
 ) -> None:
     image = Image((out_h, out_w), crop_ratio=share)
-    ((x, y, w, h),), _ = image.regions(np.array([height]), np.array([width]), 0, 0, np.array([0]))
+    ((x, y, w, h),), _ = regions_of(image, np.array([height]), np.array([width]), Draws(0, 0, np.array([0])))
     assert math.isclose(w / h, out_w / out_h, rel_tol=1e-9)
     assert math.isclose(x + w / 2, width / 2, rel_tol=1e-9)
     assert math.isclose(y + h / 2, height / 2, rel_tol=1e-9)

@@ -158,8 +158,8 @@ class Field(Protocol):
 
     columns: list[Column]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
-        """The batch's columns of `table`, B rows."""
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+        """The batch's columns of `rows`, B of them."""
         ...
 
 

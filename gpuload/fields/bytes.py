@@ -37,8 +37,8 @@ class BytesField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.max_pixels) for column in columns]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
-        found, errors, read = encoded.from_arrow(table.column(self._name))
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+        found, errors, read = encoded.from_arrow(rows.column(self._name))
         self._judge(found, errors)
         values = [None if i in errors else found.view(i) for i in range(len(found))]
         fails: Fails = [(i, self._name, error) for i, error in errors.items()]

@@ -67,22 +67,20 @@ class ImageField:
             seen.add(origin)
         return [cls(group, [streams[column.name] for column in group], parts) for group in groups.values()]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
-        name = self.columns[0].name
-        found, errors, read = encoded.from_arrow(table.column(name))
-        table_of = headers.read(found)
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+        found, errors, read = encoded.from_arrow(rows.column(self.columns[0].name))
+        table = headers.read(found)
+        headers.judge(found, table, self._parts.max_pixels, errors)
+        pillow.open_rest(found, table, self._parts.max_pixels, errors)
+        table["height"][list(errors)] = 0  # nobody decodes them
         if not self._images[0].orient:
-            table_of["orientation"] = 1
-        headers.judge(found, table_of, self._parts.max_pixels, errors)
-        pillow.open_rest(found, table_of, self._parts.max_pixels, errors)
-        if not self._images[0].orient:
-            table_of["orientation"] = 1
+            table["orientation"] = 1
         outputs = [
-            _Output(column.name, image, views.views(image, table_of, draws, stream))
+            _Output(column.name, image, views.views(image, table, draws, stream))
             for column, image, stream in zip(self.columns, self._images, self._streams, strict=True)
         ]
         fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
-        work = _Work(found, table_of, outputs, self._parts)
+        work = _Work(found, table, outputs, self._parts)
         return Taken(fails=fails, work=work, read=read, refused=len(errors))
 
 

@@ -27,5 +27,5 @@ class ListField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
-        return Taken({column.name: table.column(column.name).to_pylist() for column in self.columns})
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+        return Taken({column.name: rows.column(column.name).to_pylist() for column in self.columns})

@@ -31,10 +31,10 @@ class NumberField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
         taken = Taken()
         for column in self.columns:
-            taken.values[column.name], nulls = to_tensor(table.column(column.name))
+            taken.values[column.name], nulls = to_tensor(rows.column(column.name))
             if nulls is not None:
                 taken.nulls[column.name] = nulls
         return taken

@@ -86,8 +86,8 @@ class TextField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.tokenize) for column in columns]
 
-    def take(self, table: pa.Table, draws: Draws) -> Taken:
-        texts = [text or "" for text in _strings(table.column(self._name))]
+    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+        texts = [text or "" for text in _strings(rows.column(self._name))]
         with self._clock.timed():
             ids, mask, refused = self._tokens(texts)
         fails: Fails = [(error.row, self._name, error) for error in refused]

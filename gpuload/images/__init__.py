@@ -229,6 +229,9 @@ class Decoder(Protocol):
         For `stats` and messages.
     device : torch.device
         Where the pixels are.
+
+    An attribute ``whole_batches`` is optional: True asks for whole batches in one call, False for slices of them, as
+    many at the same time as there are threads. Without it, a decoder for a GPU gets batches and one for the CPU slices.
     """
 
     name: str

@@ -41,14 +41,14 @@ def read(encoded: Encoded) -> NDArray[np.void]:
 
 
 def read_native(library: Any, encoded: Encoded) -> NDArray[np.void]:
-    """`read` by a library that `kernels.load_headers` loaded: 1 µs an image, other threads run meanwhile."""
+    """`read` by a library that `kernels.load_headers` loaded: 0.3 µs an image, other threads run meanwhile."""
     headers = np.empty(len(encoded), HEADER)
     kernels.run_headers(library, encoded.at, encoded.size, headers)
     return headers
 
 
 def read_twin(encoded: Encoded) -> NDArray[np.void]:
-    """`read` in Python: the same table, for every input."""
+    """`read` in Python: the same table, for every input; 60 µs an image."""
     headers = np.zeros(len(encoded), HEADER)
     headers["orientation"] = 1
     for i in np.flatnonzero((encoded.at != 0) & (encoded.size > 0)).tolist():
@@ -110,6 +110,7 @@ _ASK = -1
 _TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _MARKER = re.compile(rb"\xff([^\xff])", re.DOTALL)
+_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _END = re.compile(rb"\xff\xd9")
 
 
@@ -142,7 +143,7 @@ def _jpeg(file: memoryview) -> _Found:
     found["colour"] = _colour(found, ids)
     found["channels"] = 1 if found["colour"] == GRAY else 3
     orientation = None if exif is None else _orientation(exif)
-    found["ask"] = orientation == _ASK or (orientation is None and b"tiff:Orientation" in xmp)
+    found["ask"] = orientation == _ASK or (orientation is None and _turns(xmp))
     found["orientation"] = 1 if orientation in (None, _ASK) else orientation
     found["end"] = 2 if _ends(file, at) else int(_END.search(file, at) is not None)
     return found
@@ -173,6 +174,8 @@ def _markers(file: memoryview, found: _Found) -> int:
 
 
 def _next_marker(file: memoryview, at: int) -> tuple[int, int] | None:
+    if at + 2 <= len(file) and file[at] == 0xFF and 0 < file[at + 1] < 0xFF:  # as it should be
+        return file[at + 1], at + 2
     while match := _MARKER.search(file, at):
         at = match.end()
         if match[1] != b"\0":
@@ -264,7 +267,7 @@ def _colour(found: _Found, ids: list[int]) -> int:
         return YCBCR
     if "adobe" in found:
         return RGB if found["adobe"] == 1 else YCBCR
-    return RGB if bytes(ids) == b"RGB" or found["process"] == 3 else YCBCR
+    return RGB if bytes(ids) == b"RGB" or found["process"] in (3, 11) else YCBCR
 
 
 def _orientation(tiff: bytes) -> int | None:
@@ -282,16 +285,22 @@ def _orientation(tiff: bytes) -> int | None:
     found, elsewhere = None, 0
     for tag, kind, number, value in struct.iter_unpack(order + "HHLL", entries):
         if tag == 0x0112:
-            if found is not None or (kind, number) != (3, 1):
-                return _ASK
             given = value >> 16 if order == ">" else value & 0xFFFF
-            found = given if 1 <= given <= 8 else 1
+            valid = given if 1 <= given <= 8 else 1
+            if (kind, number) != (3, 1) or found not in (None, valid):
+                return _ASK
+            found = valid
         elif found is None:
             size = number * _TIFF_BYTES.get(kind, 0)
             elsewhere += size
             if size > 4 and (value + size > len(tiff) or elsewhere > len(tiff)):
                 return _ASK
     return found
+
+
+def _turns(xmp: bytes) -> bool:
+    match = _XMP.search(xmp)
+    return match is not None and match[1] in b"2345678"
 
 
 def _png(file: memoryview) -> _Found:

@@ -60,6 +60,14 @@ def make_decoder(wish: Any, device: torch.device, max_pixels: int, threads: int 
     return kind(device, max_pixels, threads if cuda else 1, **shared)
 
 
-def calls_at_once(device: torch.device, threads: int) -> int:
-    """Threads that call the decoder: on the CPU they are the ones that decode."""
-    return CALLS if device.type == "cuda" else threads
+def takes_batches(decoder: Decoder) -> bool:
+    """Whether one call gets a whole batch, as is best for a GPU; the others decode slices, in the calling threads.
+
+    A decoder of one's own says so with an attribute ``whole_batches``; without it, its device decides.
+    """
+    return bool(getattr(decoder, "whole_batches", decoder.device.type == "cuda"))
+
+
+def calls_at_once(decoder: Decoder, threads: int) -> int:
+    """Threads that call the decoder: those that decode, or two that keep it busy."""
+    return CALLS if takes_batches(decoder) else threads
