@@ -243,9 +243,8 @@ class Always:
         return [None] * len(streams)
 
 
-def test_a_batch_that_all_went_to_the_host_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", Package(Decoder=Always))  # type: ignore[arg-type]
-    decoder = NvImageCodecDecoder(CPU, LIMIT)
+def test_a_batch_that_all_went_to_the_host_is_told_once() -> None:
+    decoder = NvImageCodecDecoder(CPU, LIMIT, package=Package(Decoder=Always))
     with pytest.warns(RuntimeWarning, match="nvimgcodec decoded none of 5 images and the host did it"):
         found, errors = decoded(decoder, [jpeg(20, 30, i) for i in range(5)])
     assert not errors
@@ -258,9 +257,7 @@ def test_a_batch_that_all_went_to_the_host_is_told_once(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("error", [TypeError("precision"), ValueError("codec"), RuntimeError("stream")])
-def test_whatever_it_raises_about_a_header_the_image_is_the_hosts(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_it_raises_about_a_header_the_image_is_the_hosts(error: Exception) -> None:
     files = [jpeg(20, 30, i) for i in range(3)]
 
     def refusing(view: Any) -> Any:
@@ -268,8 +265,7 @@ def test_whatever_it_raises_about_a_header_the_image_is_the_hosts(
             raise error
         return nvidia.nvimgcodec.CodeStream(view)
 
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", Package(CodeStream=refusing))  # type: ignore[arg-type]
-    decoder = NvImageCodecDecoder(CPU, LIMIT)
+    decoder = NvImageCodecDecoder(CPU, LIMIT, package=Package(CodeStream=refusing))
     found, errors = decoded(decoder, files)
     assert not errors
     for pixels, file in zip(found, files, strict=True):
@@ -419,9 +415,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, **options: Any) -> tu
     """A decoder that takes itself to be on cuda:1, on lanes of stand-ins."""
     stream = FakeStream(77)
     given = Given(result, stream.log)
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", given)
     monkeypatch.setattr("gpuload.images.decode.nvimgcodec.Lane", lambda device, tool: Lane(CPU, tool, stream))
-    return NvImageCodecDecoder(torch.device("cuda", 1), LIMIT, 8, calls=2, **options), given
+    return NvImageCodecDecoder(torch.device("cuda", 1), LIMIT, 8, calls=2, package=given, **options), given
 
 
 @pytest.mark.parametrize(("parity", "kinds"), [(False, ["HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU"]),
