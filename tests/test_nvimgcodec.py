@@ -26,12 +26,14 @@ from test_images import FILES
 
 from gpuload import Image, LanceDataset, Ragged
 from gpuload.errors import DeviceError
-from gpuload.images import PIXELS
+from gpuload.images import PIXELS, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.arena import RING, Lane, Lanes, Lease, Slot
 from gpuload.images.decode.dali import DaliDecoder
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.resize import resize_normalize
+from gpuload.order.draws import Draws
 
 CPU = torch.device("cpu")
 LIMIT = 1_000_000
@@ -205,6 +207,22 @@ def test_four_callers_at_once_get_their_own_pixels(threads: int, made: list[Lane
             assert sum(pool.map(work, range(60))) == 0
         assert 1 <= len(made) <= 4  # a lane for every call at once, no more
         decoder.close()
+
+
+def test_windows_are_enough_whatever_decodes(decoder: LaneDecoder) -> None:
+    """JPEG in windows, and whole what Pillow reads and what the decoder claims, in one call: each lies where the table
+    says."""
+    files = [jpeg(120, 90, 1), FILES["gif"](), jpeg(200, 150, 2, subsampling=0), encode(picture(99, 80), "PNG", 6)]
+    encoded, headers, _ = judged(files + [FILES["jpeg_rgb"]()])
+    image, draws = Image((20, 30), crop="random", flip=0.5), Draws(3, 0, np.arange(5))
+    wanted = views.views(image, headers, draws)
+    outs = [torch.empty(5, 3, 20, 30) for _ in range(2)]
+    for out, needed in zip(outs, (None, views.windows(wanted, headers, (20, 30))), strict=True):
+        encoded, headers, _ = judged(files + [FILES["jpeg_rgb"]()])
+        with decoder.decode(encoded, headers, needed) as ragged:
+            assert not ragged.errors
+            resize_normalize(ragged, wanted, image, out)
+    assert (outs[0] - outs[1]).abs().max() <= 2e-6  # float32 weights of shifted coordinates
 
 
 def test_closing_frees_and_the_next_call_works(decoder: LaneDecoder) -> None:
