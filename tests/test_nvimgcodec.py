@@ -213,12 +213,12 @@ def test_windows_are_enough_whatever_decodes(decoder: LaneDecoder) -> None:
     """JPEG in windows, and whole what Pillow reads and what the decoder claims, in one call: each lies where the table
     says."""
     files = [jpeg(120, 90, 1), FILES["gif"](), jpeg(200, 150, 2, subsampling=0), encode(picture(99, 80), "PNG", 6)]
-    encoded, headers, _ = judged(files + [FILES["jpeg_rgb"]()])
+    encoded, headers, _ = judged([*files, FILES["jpeg_rgb"]()])
     image, draws = Image((20, 30), crop="random", flip=0.5), Draws(3, 0, np.arange(5))
     wanted = views.views(image, headers, draws)
     outs = [torch.empty(5, 3, 20, 30) for _ in range(2)]
     for out, needed in zip(outs, (None, views.windows(wanted, headers, (20, 30))), strict=True):
-        encoded, headers, _ = judged(files + [FILES["jpeg_rgb"]()])
+        encoded, headers, _ = judged([*files, FILES["jpeg_rgb"]()])
         with decoder.decode(encoded, headers, needed) as ragged:
             assert not ragged.errors
             resize_normalize(ragged, wanted, image, out)
