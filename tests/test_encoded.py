@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,12 +59,13 @@ class Bytes(bytearray):
     """That can be watched."""
 
 
-def test_memory_stays_as_long_as_a_slice_or_a_view_of_it() -> None:
+@pytest.mark.parametrize("of", [lambda encoded: encoded[:1], lambda encoded: encoded.take(np.array([0]))])
+def test_memory_stays_as_long_as_a_part_or_a_view_of_it(of: Callable[[Encoded], Encoded]) -> None:
     owner = Bytes(b"pixels")
     gone = weakref.ref(owner)
     encoded = Encoded.of([owner])
     del owner
-    part = encoded[:1]
+    part = of(encoded)
     del encoded
     view = part.view(0)
     del part
