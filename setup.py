@@ -22,12 +22,12 @@ jpeg = Extension(
     extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
-headers = Extension(
-    "gpuload.kernels._headers",
-    sources=["kernels/headers.cpp"],
+tables = Extension(
+    "gpuload.kernels._tables",
+    sources=["kernels/headers.cpp", "kernels/order.cpp"],
     depends=["kernels/flags.py"],
     language="c++",
     extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
-setup(ext_modules=[resize, jpeg, headers] if sys.platform != "win32" else [])
+setup(ext_modules=[resize, jpeg, tables] if sys.platform != "win32" else [])

@@ -28,7 +28,7 @@ import data
 import harness
 
 CASES = ("image", "image, shuffle=row", "image and caption")
-SAMPLES = 1000  # a second
+SAMPLES = 500  # a second
 
 
 class Blank:
@@ -138,19 +138,27 @@ def held(settings: Any, case: str) -> dict[str, Any]:
     spy = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
     if not os.path.exists(spy):
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        out, done = Path(folder, "stacks.txt"), Path(folder, "done.json")
-        child = [sys.executable, *sys.argv, "--only", case, "--out", str(done)]
-        command = [spy, "record", "--gil", "--threads", "--nonblocking", "--rate", str(SAMPLES), "--format", "raw"]
-        subprocess.run([*command, "--output", str(out), "--", *child], check=True, capture_output=True)
-        ran = json.loads(done.read_text())
-        places: Counter[str] = Counter()
-        for stack in out.read_text().splitlines():
-            frames, _, count = stack.rpartition(" ")
-            if "gpuload" in frames and "(line:" not in frames.split(";")[0]:
-                places[_place(frames.split(";"))] += int(count)
-    each = {place: 1000 * n / SAMPLES / ran["batches"] for place, n in places.most_common()}
-    return {"gil_ms_a_batch": sum(each.values()), "places": {name: round(ms, 4) for name, ms in list(each.items())[:15]}}
+    child = [sys.executable, *sys.argv, "--only", case]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(child, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as ran,
+    ):
+        out = Path(folder, "stacks.txt")
+        assert ran.stdout is not None
+        ran.stdout.readline()  # the imports are over, and the first epoch
+        seconds = max(1, int(settings.seconds) - 1)
+        options = f"--gil --threads --nonblocking --rate {SAMPLES} --duration {seconds} --format raw --output {out}"
+        subprocess.run([spy, "record", *options.split(), "--pid", str(ran.pid)], check=True, capture_output=True)
+        batches_per_s = json.loads(ran.stdout.readline())
+        stacks = [line.rpartition(" ") for line in out.read_text().splitlines()]
+    places: Counter[str] = Counter()
+    for frames, _, count in stacks:
+        places[_place(frames.split(";"))] += int(count)
+    each = {place: 1000 * n / SAMPLES / seconds / batches_per_s for place, n in places.most_common()}
+    return {
+        "gil_ms_a_batch": sum(each.values()),
+        "places": {name: round(ms, 4) for name, ms in list(each.items())[:20]},
+    }
 
 
 def _place(frames: list[str]) -> str:
@@ -160,11 +168,14 @@ def _place(frames: list[str]) -> str:
 
 
 def main() -> None:
-    options = {**data.ARGUMENTS, "rows": 3072, "batch_size": 128, "rate": 4000.0, "seconds": 6.0, "gil": ""}
+    options = {**data.ARGUMENTS, "rows": 3072, "batch_size": 128, "rate": 4000.0, "seconds": 6.0}
     settings = harness.arguments(options)
     if settings.only:  # what py-spy watches: the line alone
-        batches = sum(1 for _ in line(settings, settings.only))
-        Path(settings.out).write_text(json.dumps({"batches": batches}))
+        batches = line(settings, settings.only)
+        next(batches)
+        print("ready", flush=True)
+        began = time.perf_counter()
+        print(sum(1 for _ in batches) / (time.perf_counter() - began), flush=True)
         return
     data.dataset(settings)
     data.tokenizer(settings)

@@ -59,22 +59,23 @@ def cpu_library() -> ctypes.CDLL | None:
     return load(found[0]) if found else None
 
 
-def load_headers(path: Path) -> ctypes.CDLL:
-    """A library built from headers.cpp. Calls release the GIL and may run at the same time."""
+def load_tables(path: Path) -> ctypes.CDLL:
+    """A library built from headers.cpp and order.cpp. Calls release the GIL and may run at the same time."""
     library = ctypes.CDLL(str(path))
-    pointer = ctypes.c_void_p
-    library.gpuload_headers.argtypes, library.gpuload_headers.restype = (
-        [pointer, pointer, ctypes.c_int64, pointer],
-        None,
-    )
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.gpuload_headers.argtypes, library.gpuload_headers.restype = [pointer, pointer, number, pointer], None
+    words, small = [ctypes.c_uint32, ctypes.c_uint64], ctypes.c_int
+    library.gpuload_uniform.argtypes, library.gpuload_uniform.restype = [pointer, number, number, *words, pointer], None
+    library.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
+    library.gpuload_permute.restype = None
     return library
 
 
 @cache
-def headers_library() -> ctypes.CDLL | None:
-    """The reader of headers that came with the installation, None if there is none."""
-    found = sorted(_FOLDER.glob("_headers*.so"))
-    return load_headers(found[0]) if found else None
+def tables_library() -> ctypes.CDLL | None:
+    """The reader of headers and the random orders that came with the installation, None if there are none."""
+    found = sorted(_FOLDER.glob("_tables*.so"))
+    return load_tables(found[0]) if found else None
 
 
 def run_headers(library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.int64], out: NDArray[np.void]) -> None:
@@ -83,7 +84,7 @@ def run_headers(library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.i
     Parameters
     ----------
     library : CDLL
-        From `headers_library` or `load_headers`.
+        From `tables_library` or `load_tables`.
     at : u64[N]
         Where each file begins, 0 for none; nothing outside its bytes is read.
     size : i64[N]
@@ -91,6 +92,29 @@ def run_headers(library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.i
     """
     at, size = np.ascontiguousarray(at, np.uint64), np.ascontiguousarray(size, np.int64)
     library.gpuload_headers(at.ctypes.data, size.ctypes.data, len(out), out.ctypes.data)
+
+
+def run_uniform(
+    library: ctypes.CDLL, rows: NDArray[np.int64], n: int, epoch: int, key: int, out: NDArray[np.float64]
+) -> None:
+    """Fill `out`, f64[rows, n], with the numbers of `gpuload.order.philox.uniform`; `epoch` has 32 bits, `key` 64."""
+    library.gpuload_uniform(rows.ctypes.data, len(rows), n, epoch, key, out.ctypes.data)
+
+
+def run_permute(
+    library: ctypes.CDLL,
+    index: NDArray[np.int64],
+    n: int,
+    bits: tuple[int, int],
+    keys: NDArray[np.uint64],
+    backwards: bool,
+    out: NDArray[np.int64],
+) -> None:
+    """Fill `out`, i64[N], with what `gpuload.order.permutation` makes of `index`, i64[N] in range(n); `bits` are those
+    of the low and the high half, `keys` one a round."""
+    library.gpuload_permute(
+        index.ctypes.data, len(index), n, *bits, keys.ctypes.data, len(keys), backwards, out.ctypes.data
+    )
 
 
 def run_cpu(

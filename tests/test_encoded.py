@@ -1,85 +1,82 @@
-"""`Encoded`: N images as pointers, their slices and selections, and who keeps the memory."""
+"""Pointers: every stored form of images, in any chunks and slices, without a copy."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import lance.arrow
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import encode, jpeg, judged, picture
+from making import jpeg
 
-from gpuload import Encoded
+from gpuload import Encoded, LanceDataset
+from gpuload.images.encoded import from_arrow
 
-VALUES = st.lists(st.one_of(st.none(), st.binary(max_size=9)), max_size=9)
-
-
-def values(encoded: Encoded) -> list[bytes | None]:
-    found = [encoded.view(i) for i in range(len(encoded))]
-    return [None if view is None else view.tobytes() for view in found]
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+LARGE = pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])
+KINDS = [pa.binary(), pa.large_binary(), pa.binary_view(), STRUCT, LARGE, lance.arrow.EncodedImageType(pa.binary())]
 
 
-@given(VALUES, st.slices(9).filter(lambda part: part.step in (None, 1)))
-def test_a_slice_is_that_of_the_list(files: list[bytes | None], part: slice) -> None:
-    encoded = Encoded.of(files)
-    assert values(encoded) == files
-    assert values(encoded[part]) == files[part]
-    assert encoded[part].size.tolist() == [len(file or b"") for file in files[part]]
+def stored(values: list[bytes | None], kind: pa.DataType) -> pa.Array:
+    """An array of these images; in a struct a null is one of its bytes, every other one of the struct itself."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, pa.array(values, kind.storage_type))
+    if pa.types.is_struct(kind):
+        rows = [None if v is None and i % 2 else {"bytes": v, "path": None} for i, v in enumerate(values)]
+        return pa.array(rows, kind)
+    return pa.array(values, kind)
 
 
-@given(VALUES, st.data())
-def test_a_selection_is_that_of_the_list(files: list[bytes | None], data: st.DataObject) -> None:
-    index = data.draw(st.lists(st.integers(0, len(files) - 1), max_size=12)) if files else []
-    taken = Encoded.of(files).take(np.array(index, np.int64))
-    assert values(taken) == [files[i] for i in index]
-    assert values(taken[1:]) == [files[i] for i in index][1:], "and may be cut again"
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.lists(st.one_of(st.none(), st.binary(max_size=9)), max_size=6), max_size=4), st.sampled_from(KINDS),
+    st.integers(0, 3), st.integers(0, 3),
+)  # fmt: skip
+def test_every_value_is_where_it_is_said_to_be(
+    chunks: list[list[bytes | None]], kind: pa.DataType, before: int, after: int
+) -> None:
+    column = pa.chunked_array([stored(values, kind) for values in chunks], kind)
+    column = column.slice(before, max(0, len(column) - before - after))
+    wanted = [value for values in chunks for value in values][before : before + len(column)]
+    encoded, errors, read = from_arrow(column)
+    del column  # the pointers keep the memory
+    assert (len(encoded), errors, read) == (len(wanted), {}, 0)
+    found = [None if (view := encoded.view(i)) is None else bytes(view) for i in range(len(encoded))]
+    assert found == wanted
+    assert (encoded.at == 0).tolist() == [value is None for value in wanted]
+    assert encoded.size.tolist() == [len(value or b"") for value in wanted]
 
 
-def test_a_null_has_no_address_and_an_empty_value_has_one() -> None:
-    encoded = Encoded.of([None, b"", b"x"])
-    assert (encoded.at != 0).tolist() == [False, True, True]
-    assert encoded.view(0) is None
-    assert encoded.view(1) is not None
-    assert repr(encoded) == "Encoded(3 images, 1 bytes, 1 nulls)"
+def test_no_byte_is_copied_and_a_view_cannot_be_written_to() -> None:
+    array = pa.array([b"abc", b"defg"], pa.binary())
+    encoded, _, _ = from_arrow(pa.chunked_array([array]))
+    assert int(encoded.at[1]) == array.buffers()[2].address + 3
+    view: Any = encoded.view(1)
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1
 
 
-def test_what_pillow_opened_goes_along() -> None:
-    encoded, headers, _ = judged([jpeg(), encode(picture(9, 8), "GIF"), jpeg(), encode(picture(7, 6), "BMP")])
-    assert headers["height"].tolist() == [24, 9, 24, 7]
-    assert {i: image.format for i, image in encoded.opened.items()} == {1: "GIF", 3: "BMP"}
-    assert {i: image.format for i, image in encoded[2:4].opened.items()} == {1: "BMP"}
-    taken = encoded.take(np.array([3, 0, 1]))
-    assert {i: image.format for i, image in taken.opened.items()} == {0: "BMP", 2: "GIF"}
+def test_slices_and_picks_share_the_memory() -> None:
+    encoded = Encoded.of([b"a", None, b"", b"bcd"])
+    assert [encoded[1:3].view(i) is None for i in range(2)] == [True, False]
+    picked = encoded.take(np.array([3, 0, 3]))
+    assert [bytes(picked.view(i)) for i in range(3)] == [b"bcd", b"a", b"bcd"]  # type: ignore[arg-type]
+    assert repr(encoded) == "Encoded(4 images, 4 bytes, 1 nulls)"
+    with pytest.raises(ValueError, match="of one shape"):
+        Encoded(np.zeros(2, np.uint64), np.zeros(3, np.int64), None)
 
 
-class Bytes(bytearray):
-    """That can be watched."""
-
-
-@pytest.mark.parametrize("of", [lambda encoded: encoded[:1], lambda encoded: encoded.take(np.array([0]))])
-def test_memory_stays_as_long_as_a_part_or_a_view_of_it(of: Callable[[Encoded], Encoded]) -> None:
-    owner = Bytes(b"pixels")
-    gone = weakref.ref(owner)
-    encoded = Encoded.of([owner])
-    del owner
-    part = of(encoded)
-    del encoded
-    view = part.view(0)
-    del part
-    gc.collect()
-    assert gone() is not None
-    assert view is not None
-    assert view.tobytes() == b"pixels"
-    assert not view.flags.writeable
-    del view
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.parametrize("at", [np.zeros(3, np.uint64), np.zeros((2, 2), np.uint64)])
-def test_addresses_and_sizes_belong_together(at: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"Expected at and size of one shape \[N\]"):
-        Encoded(at, np.zeros(at.shape[:1] if at.ndim == 2 else 2, np.int64), None)
+def test_images_that_are_only_paths_count_as_read(store: Callable[..., str], tmp_path: Path) -> None:
+    """So that readahead_bytes bounds them, too."""
+    file = tmp_path / "a.jpg"
+    file.write_bytes(jpeg(200, 300))
+    rows = [{"bytes": None, "path": str(file)}, {"bytes": jpeg(), "path": None}] * 8
+    dataset = LanceDataset(store({"image": pa.array(rows, STRUCT)}), 4, device="cpu")
+    for batch in dataset:
+        assert batch.valid.all()
+    assert dataset.stats()["bytes_read"] > 8 * file.stat().st_size

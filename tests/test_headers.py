@@ -117,16 +117,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     assert compiler, "Expected a C++ compiler to test kernels/headers.cpp with, got none. Do: apt install g++"
     target = tmp_path_factory.mktemp("headers") / "headers.so"
-    source = Path(kernels.__file__).parent / "headers.cpp"
+    sources = [str(Path(kernels.__file__).parent / name) for name in ("headers.cpp", "order.cpp")]
     command = [compiler, *kernels.flags.CXX, "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", str(target)]
-    built = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    built = subprocess.run([*command, *sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return target
 
 
 @pytest.fixture(scope="session")
 def library(path: Path) -> ctypes.CDLL:
-    return kernels.load_headers(path)
+    return kernels.load_tables(path)
 
 
 @pytest.fixture(scope="session", params=["native", "twin"])
@@ -667,7 +667,7 @@ def test_the_memory_around_it_cannot_be_read(path: Path, place: str) -> None:
 def test_both_ways_give_the_installations_table(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded.of([None, b"", *FILES])
     with_it = read(encoded)
-    monkeypatch.setattr(kernels, "headers_library", lambda: None)
+    monkeypatch.setattr(kernels, "tables_library", lambda: None)
     assert with_it.tobytes() == read(encoded).tobytes() == read_native(library, encoded).tobytes()
 
 

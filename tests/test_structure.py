@@ -19,10 +19,9 @@ KERNELS = Path(gpuload.kernels.__file__)
 
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
-errors device clock stages
+errors kernels device clock stages
 order order.philox order.permutation order.draws
 tables tables.malloc tables.projection tables.lance
-kernels
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.decode images.decode.libjpeg images.decode.host images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose

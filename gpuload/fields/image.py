@@ -33,7 +33,7 @@ _NATIVE = Image(size=None, dtype=torch.uint8)
 class ImageField:
     """The outputs of one stored column of images, all with the same `orient` and `fast`."""
 
-    transform = Image
+    transform: type | None = Image
 
     def __init__(self, columns: list[Column], streams: list[str], parts: Parts) -> None:
         self.columns, self._streams, self._parts = columns, streams, parts

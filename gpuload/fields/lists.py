@@ -13,7 +13,7 @@ from gpuload.order.draws import Draws
 class ListField:
     """Columns of any type, as ``list`` of B values."""
 
-    transform = None
+    transform: type | None = None
 
     def __init__(self, columns: list[Column]) -> None:
         self.columns = columns

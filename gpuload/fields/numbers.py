@@ -16,7 +16,7 @@ from gpuload.order.draws import Draws
 class NumberField:
     """Columns of numbers, as ``Tensor[B, ...]``."""
 
-    transform = None
+    transform: type | None = None
 
     def __init__(self, columns: list[Column]) -> None:
         self.columns = columns

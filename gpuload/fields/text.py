@@ -63,7 +63,7 @@ class Text:
 class TextField:
     """A column of strings, as token ids and their mask."""
 
-    transform = Text
+    transform: type | None = Text
 
     def __init__(self, column: Column, clock: Clock) -> None:
         self.columns, self._name, self._clock = [column], column.name, clock

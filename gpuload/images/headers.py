@@ -36,12 +36,12 @@ def read(encoded: Encoded) -> NDArray[np.void]:
     Nulls and empty values are rows of zeros with orientation 1. `ask` is set where Pillow has to tell: the orientation
     of a JPEG or PNG file whose size is there, or, where height is 0, everything but `kind` and `end`.
     """
-    library = kernels.headers_library()
+    library = kernels.tables_library()
     return read_twin(encoded) if library is None else read_native(library, encoded)
 
 
 def read_native(library: Any, encoded: Encoded) -> NDArray[np.void]:
-    """`read` by a library that `kernels.load_headers` loaded: 0.3 µs an image, other threads run meanwhile."""
+    """`read` by a library that `kernels.load_tables` loaded: 0.3 µs an image, other threads run meanwhile."""
     headers = np.empty(len(encoded), HEADER)
     kernels.run_headers(library, encoded.at, encoded.size, headers)
     return headers

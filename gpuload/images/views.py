@@ -18,6 +18,9 @@ from gpuload.order.draws import Draws
 _TRIES = 10  # as torchvision's RandomResizedCrop
 _MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
 _F64 = NDArray[np.float64]
+_SWAPPED = np.arange(9) >= 5  # by EXIF orientation: what is stored as a row is seen as a column
+_MIRRORED_X = np.isin(np.arange(9), (2, 3, 7, 8))
+_MIRRORED_Y = np.isin(np.arange(9), (3, 4, 6, 7))
 
 
 def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:
@@ -101,22 +104,27 @@ def windows(
         x0, y0, width, height in pixels of each image as it is stored: the bounding window of its views, wider by the
         filter's support and a margin. Width and height 0 where an image has no view.
     """
-    which = views["image"]
-    mine = headers[which]
-    turned = mine["orientation"] >= 5
-    region = to_stored(views["region"], mine["orientation"], mine["height"], mine["width"])
-    found = np.zeros((len(headers), 4), np.int64)
-    shrink = np.ones(len(which)) if scales is None else scales[which] / 8
-    for axis, whole in enumerate(("width", "height")):
-        outputs = np.where(turned, size[axis], size[1 - axis])
-        scale = region[:, 2 + axis] * shrink / outputs
-        margin = (np.maximum(1, scale) + _MARGIN) / shrink
-        low = np.maximum(0, np.floor(region[:, axis] - margin)).astype(np.int64)
-        high = np.minimum(mine[whole], np.ceil(region[:, axis] + region[:, 2 + axis] + margin).astype(np.int64))
-        if len(which) == len(headers) and (which == np.arange(len(headers))).all():
+    heights, widths, turns = headers["height"], headers["width"], headers["orientation"]
+    which, n = views["image"], len(headers)
+    one_each = len(which) == n and bool((which == np.arange(n)).all())
+    if not one_each:
+        heights, widths, turns = heights[which], widths[which], turns[which]
+        scales = None if scales is None else scales[which]
+    found, corners = np.zeros((n, 4), np.int64), []
+    region = to_stored(views["region"], turns, heights, widths)
+    for axis, whole in enumerate((widths, heights)):
+        outputs = np.where(turns >= 5, size[axis], size[1 - axis])
+        if scales is None:
+            margin = np.maximum(1, region[:, 2 + axis] / outputs) + _MARGIN
+        else:
+            margin = (np.maximum(1, region[:, 2 + axis] * scales / 8 / outputs) + _MARGIN) * 8 / scales
+        low = np.maximum(0, np.floor(region[:, axis] - margin))
+        corners.append((low, np.minimum(whole, np.ceil(region[:, axis] + region[:, 2 + axis] + margin))))
+    for axis, (low, high) in enumerate(corners):
+        if one_each:
             found[:, axis], found[:, 2 + axis] = low, high - low
             continue
-        first, last = np.full(len(headers), np.iinfo(np.int64).max), np.zeros(len(headers), np.int64)
+        first, last = np.full(n, np.inf), np.zeros(n)
         np.minimum.at(first, which, low)
         np.maximum.at(last, which, high)
         seen = last > 0
@@ -145,7 +153,7 @@ def to_stored(where: _F64, orientations: NDArray[np.integer], heights: NDArray, 
     """
     if (orientations == 1).all():
         return where
-    swapped = (orientations >= 5)[:, None]
+    swapped = _SWAPPED[orientations][:, None]
     return _mirrored(np.where(swapped, where[:, [1, 0, 3, 2]], where), orientations, heights, widths)
 
 
@@ -154,13 +162,13 @@ def to_seen(where: _F64, orientations: NDArray[np.integer], heights: NDArray, wi
     if (orientations == 1).all():
         return where
     found = _mirrored(where, orientations, heights, widths)
-    return np.where((orientations >= 5)[:, None], found[:, [1, 0, 3, 2]], found)
+    return np.where(_SWAPPED[orientations][:, None], found[:, [1, 0, 3, 2]], found)
 
 
 def _mirrored(where: _F64, orientations: NDArray[np.integer], heights: NDArray, widths: NDArray) -> _F64:  # type: ignore[type-arg]
     x, y, w, h = where.T
-    x = np.where(np.isin(orientations, (2, 3, 7, 8)), widths - x - w, x)
-    y = np.where(np.isin(orientations, (3, 4, 6, 7)), heights - y - h, y)
+    x = np.where(_MIRRORED_X[orientations], widths - x - w, x)
+    y = np.where(_MIRRORED_Y[orientations], heights - y - h, y)
     return np.stack([x, y, w, h], axis=1)
 
 
