@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,8 +10,6 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
@@ -20,8 +17,6 @@ from making import by_row, encode, jpeg, picture
 
 from gpuload import (
     ConfigError,
-    DecodeError,
-    Decoder,
     DeviceError,
     Encoded,
     Image,
@@ -146,79 +141,6 @@ def test_without_images_no_package_is_needed(store: Store, two_gpus: None, monke
     assert LanceDataset(store({"number": [1, 2]}), 2).stats()["decoder"] == "cpu"
     with pytest.raises(DeviceError, match="nvImageCodec"):
         LanceDataset(store({"image": [jpeg()]}), 2).stats()
-
-
-# -- a decoder of the user's own -------------------------------------------------------------------------------------
-
-
-class ByPillow:
-    """The whole of a decoder that one may write."""
-
-    name, device = "mine", CPU
-
-    def __init__(self) -> None:
-        self.decoded = self.closed = 0
-
-    def decode(self, encoded: Encoded, headers: Any, windows: Any) -> Ragged:
-        found: list[Any] = []
-        for i in range(len(encoded)):
-            try:
-                found.append(np.asarray(PIL.Image.open(io.BytesIO(encoded.view(i))).convert("RGB")))  # type: ignore[arg-type]
-                self.decoded += 1
-            except Exception as error:
-                found.append(DecodeError(f"Expected an image, got {error}"))
-        return Ragged.of(found, headers)
-
-    def counts(self) -> dict[str, int]:
-        return {"mine": self.decoded, "failed": 0}
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-@pytest.mark.parametrize("image", [None, Image((20, 30), crop="random", flip=0.5, dtype=torch.uint8)])
-def test_a_decoder_of_ones_own_gives_what_the_cpus_gives(store: Store, image: Image | None) -> None:
-    files = [jpeg(30 + i, 50 - i, i) for i in range(9)] + [encode(picture(17, 23), "PNG", i) for i in range(1, 9)]
-    path, mine = store({"image": files}), ByPillow()
-    checked: Decoder = mine  # for mypy
-    options: dict[str, Any] = {"transforms": {} if image is None else {"image": image}, "shuffle": True}
-    expected = by_row(LanceDataset(path, 6, device="cpu", **options), "image")
-    dataset = LanceDataset(path, 6, device="cpu", decoder=checked, num_threads=2, **options)
-    found = by_row(dataset, "image")
-    assert found.keys() == expected.keys()
-    for row, pixels in found.items():
-        # a window of an image and the whole one are resized around centres that differ in their last bits
-        assert (pixels.int() - expected[row].int()).abs().max() <= (0 if image is None else 1)
-    assert dataset.stats()["decoder"] == "mine"
-    assert dataset.stats()["images"] == {"mine": len(files), "failed": 0}
-    dataset.close()
-    assert mine.closed == 1
-
-
-def test_what_a_decoder_of_ones_own_refuses_falls_under_the_policy(store: Store) -> None:
-    files = [jpeg(), jpeg(60, 70)[:900], jpeg()]
-    dataset = LanceDataset(store({"image": files}), 3, device="cpu", decoder=ByPillow(), on_error="mask")
-    (batch,) = dataset
-    assert batch.valid.tolist() == [True, False, True]
-    strict = LanceDataset(store({"image": files}), 3, device="cpu", decoder=ByPillow())
-    with pytest.raises(DecodeError, match=r"Expected an image, got .* - at row 1, column `image`"):
-        next(iter(strict))
-
-
-@pytest.mark.parametrize("missing", ["name", "device", "decode", "counts", "close"])
-def test_an_object_without_a_member_is_no_decoder(photos: str, missing: str) -> None:
-    members = {"name": "mine", "device": CPU, "decode": None, "counts": dict, "close": list}
-    del members[missing]
-    with pytest.raises(ConfigError, match=f"the members of gpuload.Decoder, got .* without '{missing}'"):
-        LanceDataset(photos, 4, device="cpu", decoder=SimpleNamespace(**members))  # type: ignore[arg-type]
-
-
-def test_a_decoder_for_another_device_is_refused(photos: str) -> None:
-    mine = ByPillow()
-    mine.device = CUDA
-    dataset = LanceDataset(photos, 4, device="cpu", decoder=mine)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="Expected a decoder for cpu, got 'mine', which decodes to cuda:0"):
-        next(iter(dataset))
 
 
 # -- the decoders that a GPU uses, on the CPU, at the public surface -----------------------------------------------
