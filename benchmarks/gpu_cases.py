@@ -15,10 +15,11 @@ import data
 import numpy as np
 import torch
 
-from gpuload import Image, LanceDataset
-from gpuload.images.decode import IMAGE_ROW, Ragged, lay_out
+from gpuload import Encoded, Image, LanceDataset, Ragged
+from gpuload.images import PIXELS, headers, lay_out, put_whole, views
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.images.resize import resize_normalize
+from gpuload.order.draws import Draws
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE = Image(224, crop="random", flip=0.5, mean=MEAN, std=STD, dtype=torch.float16)
@@ -37,11 +38,18 @@ class Setup:
         self.unique = scaled(settings, megapixels, max(8, int(256 / share)))
         self.name = f"{settings.work}/gpu-{megapixels:g}mp-{self.rows}"
 
-    def batches(self) -> Iterator[list[Any]]:
-        views = [np.frombuffer(file, np.uint8) for file in self.unique]
-        endless = itertools.cycle(views)
-        for _ in range(self.rows // self.batch_size):
-            yield list(itertools.islice(endless, self.batch_size))
+    def batches(self) -> Iterator[tuple[Encoded, Any]]:
+        """Pointers to the bytes, and their headers, HEADER[N], which were read before."""
+        encoded = Encoded.of(self.unique)
+        table = headers.read(encoded)
+        for start in range(0, self.rows // self.batch_size * self.batch_size, self.batch_size):
+            which = np.arange(start, start + self.batch_size) % len(encoded)
+            yield encoded.take(which), table[which]
+
+    @property
+    def threads(self) -> int:
+        """For a decoder's host threads."""
+        return THREADS if self.device.type == "cuda" else 1
 
     def lance(self) -> str:
         import lance
@@ -92,14 +100,14 @@ def scaled(settings: Any, megapixels: float, count: int) -> list[bytes]:
 # -- the cases: Setup → Pass ----------------------------------------------------------------------------------------
 
 
-def on_threads(work: Callable[[list[Any]], int], setup: Setup, threads: int) -> Pass:
+def on_threads(work: Callable[[Encoded, Any], int], setup: Setup, threads: int) -> Pass:
     """`work` on each batch, so many batches at once, a few ahead."""
 
     def run() -> Iterator[int]:
         with ThreadPoolExecutor(threads) as pool:
             ahead: list[Any] = []
             for batch in setup.batches():
-                ahead.append(pool.submit(work, batch))
+                ahead.append(pool.submit(work, *batch))
                 if len(ahead) > 2 * threads:
                     yield ahead.pop(0).result()
             for future in ahead:
@@ -109,52 +117,36 @@ def on_threads(work: Callable[[list[Any]], int], setup: Setup, threads: int) -> 
 
 
 def decode_only(calls: int = 2, load: float | None = None) -> Callable[[Setup], Pass]:
-    """(a) nvImageCodec into an arena: headers, layout, decode; no orientation, no host fallback, no kernel."""
+    """(a) nvImageCodec into an arena, whole images, from bytes in memory; nothing reads the pixels."""
 
     def case(setup: Setup) -> Pass:
-        cuda = setup.device.type == "cuda"
         options = {} if load is None else {"hardware_load": load}
-        maker = NvImageCodecDecoder(setup.device, 10**9, THREADS, calls=calls, **options)
-        nv = maker._nv
+        decoder = NvImageCodecDecoder(setup.device, 10**9, setup.threads, calls=calls, **options)
 
-        def work(batch: list[Any]) -> int:
-            lane = maker._lanes.take(maker._lane)
-            with lane.current():
-                maker._ready(lane, len(batch))
-                slot, table = lane.slot(), np.zeros(len(batch), IMAGE_ROW)
-                with maker._making:  # the limit, too, is without threads that pass the GIL to and fro
-                    streams = [nv.CodeStream(view) for view in batch]
-                table["height"], table["width"] = [s.height for s in streams], [s.width for s in streams]
-                table["pitch"] = table["width"] * 3
-                start = slot.arena(lay_out(table, range(len(batch)))).data_ptr()
-                shapes = zip(table["offset"].tolist(), table["height"].tolist(), table["width"].tolist(), strict=True)
-                done = maker._decode_to(lane, streams, [(start + at, (h, w, 3)) for at, h, w in shapes])
-                slot.keep += [streams, done]
-                slot.done()
-            maker._lanes.give(lane)
-            return sum(image is not None for image in done)
+        def work(encoded: Encoded, table: Any) -> int:
+            with decoder.decode(encoded, table, None) as ragged:
+                return int((ragged.table["height"] > 0).sum())
 
-        return on_threads(work, setup, calls if cuda else 2)
+        return on_threads(work, setup, calls if setup.device.type == "cuda" else 2)
 
     return case
 
 
 def decode_and_kernel(setup: Setup) -> Pass:
-    """(b) the same through `NvImageCodecDecoder`, and the kernel; no reading, no pipeline."""
-    decoder = NvImageCodecDecoder(setup.device, 10**9, THREADS if setup.device.type == "cuda" else 1, calls=2)
-    rows = np.arange(setup.batch_size)
+    """(b) the same, and the kernel; no reading, no pipeline."""
+    decoder = NvImageCodecDecoder(setup.device, 10**9, setup.threads, calls=2)
+    draws = Draws(0, 0, np.arange(setup.batch_size))
 
-    def work(batch: list[Any]) -> int:
-        with decoder.decode(batch) as ragged:
-            out = torch.empty((len(batch), *(IMAGE.shape or ())), dtype=IMAGE.dtype, device=setup.device)
-            regions, flips = IMAGE.regions(*ragged.sizes(), 0, 0, rows)
-            resize_normalize(ragged, regions, flips, IMAGE, out)
-        return len(batch)
+    def work(encoded: Encoded, table: Any) -> int:
+        with decoder.decode(encoded, table, None) as ragged:
+            out = torch.empty((len(encoded), *(IMAGE.shape or ())), dtype=IMAGE.dtype, device=setup.device)
+            resize_normalize(ragged, views.views(IMAGE, table, draws), IMAGE, out)
+        return len(encoded)
 
     return on_threads(work, setup, 2)
 
 
-def gpuload_epoch(decoder: str, **options: Any) -> Callable[[Setup], Pass]:
+def gpuload_epoch(decoder: Any, **options: Any) -> Callable[[Setup], Pass]:
     """(c) from a Lance dataset."""
 
     def case(setup: Setup) -> Pass:
@@ -165,23 +157,38 @@ def gpuload_epoch(decoder: str, **options: Any) -> Callable[[Setup], Pass]:
     return case
 
 
-class Blank(NvImageCodecDecoder):
-    """Does all that the host does for a decode, and decodes nothing: whatever is in the arena is taken for pixels."""
+class Blank:
+    """Stands for nvImageCodec: makes all its objects, and decodes nothing but the first call, in which a decoder of a
+    GPU is tested. Whatever is in the arena is taken for pixels."""
 
-    def _probe(self, lane: Any, images: int) -> None:
-        pass
+    def __init__(self) -> None:
+        from nvidia import nvimgcodec
 
-    def _decode_to(self, lane: Any, streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
-        return self._images(lane, places)
+        self.real = nvimgcodec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def Decoder(self, **options: Any) -> BlankDecoder:
+        return BlankDecoder(self.real.Decoder(**options))
+
+
+class BlankDecoder:
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def decode(self, streams: list[Any], images: list[Any], **how: Any) -> list[Any]:
+        if self.real is not None:
+            real, self.real = self.real, None
+            found: list[Any] = real.decode(streams, images=images, **how)
+            return found
+        return images
 
 
 def all_but_decoding(setup: Setup) -> Pass:
     """What reading, Python, copies and the kernel allow: (c) with a decoder that takes no time."""
-    options: dict[str, Any] = {"columns": ["image"], "transforms": {"image": IMAGE}, "device": str(setup.device)}
-    dataset = LanceDataset(setup.lance(), setup.batch_size, decoder="nvimgcodec", **options)
-    dataset._decode_with()  # as it is set up for a real one
-    dataset._decoder = Blank(setup.device, 10**9, THREADS if setup.device.type == "cuda" else 1, calls=2)
-    return lambda: (batch.size for batch in dataset)
+    decoder = NvImageCodecDecoder(setup.device, 10**9, setup.threads, calls=2, package=Blank())
+    return gpuload_epoch(decoder)(setup)
 
 
 def dali_pipeline(load: float) -> Callable[[Setup], Pass]:
@@ -221,10 +228,10 @@ def torchvision_loop(setup: Setup) -> Pass:
 
     mean, std = (torch.tensor(v, device=setup.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
 
-    def work(batch: list[Any]) -> int:
+    def work(batch: Encoded, _: Any) -> int:
         stream = torch.cuda.Stream(setup.device) if setup.device.type == "cuda" else None
         with torch.cuda.stream(stream):
-            encoded = [torch.from_numpy(view.copy()) for view in batch]
+            encoded = [torch.from_numpy(np.array(batch.view(i))) for i in range(len(batch))]
             images = decode_jpeg(encoded, mode="RGB", device=setup.device)
             out = torch.stack([resize(image, [224, 224], antialias=True) for image in images])
             out = ((out - mean) / std).half()
@@ -308,18 +315,17 @@ def kernel_bandwidth(setup: Setup) -> dict[str, float]:
     width = height * 3 // 2
     most = 2 << 30 if setup.device.type == "cuda" else 64 << 20  # bytes; well beyond any cache
     count = max(1, most // (width * 3 * height))
-    table = np.zeros(count, IMAGE_ROW)
-    table["height"], table["width"], table["channels"], table["orientation"] = height, width, 3, 1
-    table["pitch"] = width * 3
+    table = np.zeros(count, PIXELS)
+    put_whole(table, height, width, 3, 1)
     size = lay_out(table, range(count))
     arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device=setup.device)
     whole = Image(224, crop="none", mean=MEAN, std=STD, dtype=torch.float16)
     ragged, out = Ragged(arena, table), torch.empty((count, 3, 224, 224), dtype=torch.float16, device=setup.device)
-    regions, flips = whole.regions(*ragged.sizes(), 0, 0, np.arange(count))
+    wanted = views.views(whole, table, Draws(0, 0, np.arange(count)))
     beside = torch.empty_like(arena)
     jobs = {
         "kernel": (
-            lambda: resize_normalize(ragged, regions, flips, whole, out),
+            lambda: resize_normalize(ragged, wanted, whole, out),
             height * width * 3 * count + out.nbytes,
         ),
         "copy": (lambda: beside.copy_(arena), 2 * arena.nbytes),

@@ -68,7 +68,7 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
-        self._copies = _copy_stream(device) if self.cuda else None
+        self._copies = copy_stream(device) if self.cuda else None
 
     def mark(self) -> Any:
         """An event after all that the calling thread has put on its current stream."""
@@ -115,7 +115,7 @@ class Streams:
 
 
 @functools.cache
-def _copy_stream(device: torch.device) -> Any:
+def copy_stream(device: torch.device) -> Any:
     """One for all: torch keeps the memory of every stream apart, so a stream for each iteration would use up more."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 

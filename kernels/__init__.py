@@ -177,7 +177,7 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
         *affine,
     )
     with cp.cuda.Device(out.device.index), cp.cuda.Stream.from_external(stream):
-        _kernel(f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
+        _kernel(cp, f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
 
 
 class _Stream:
@@ -191,12 +191,11 @@ class _Stream:
 
 
 @cache
-def _kernel(name: str) -> Any:
+def _kernel(cp: Any, name: str) -> Any:
     """cupy.RawKernel: compiles at its first call on each device."""
-    return _cupy().RawKernel(source("resize_normalize"), name, options=flags.NVRTC)
+    return cp.RawKernel(source("resize_normalize"), name, options=flags.NVRTC)
 
 
-@cache
 def _cupy() -> Any:
     try:
         import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]

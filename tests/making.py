@@ -14,6 +14,9 @@ import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
 
+from gpuload import DecodeError, Encoded
+from gpuload.images import headers, pillow
+
 _WORDS = ["a", "photo", "of", "the", "red", "fox", "under", "tall", "grass,", "très", "élégant", "山", "und", "Fluß"]
 
 
@@ -69,6 +72,20 @@ def by_pillow(data: bytes, mode: str = "RGB", orient: bool = True) -> NDArray[np
         turned = PIL.ImageOps.exif_transpose(image) if orient else image
         pixels = np.asarray(turned.convert(mode))
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def judged(
+    files: list[bytes | None], orient: bool = True, max_pixels: int = 1_000_000
+) -> tuple[Encoded, Any, dict[int, DecodeError]]:
+    """What a decoder gets of files, None for a null: Encoded, HEADER[N]; and the errors that headers gave away."""
+    encoded = Encoded.of(files)
+    table = headers.read(encoded)
+    errors = headers.judge(encoded, table, max_pixels, {})
+    pillow.open_rest(encoded, table, max_pixels, errors)
+    table["height"][list(errors)] = 0
+    if not orient:
+        table["orientation"] = 1
+    return encoded, table, errors
 
 
 def captions(count: int, longest: int = 12) -> list[str]:

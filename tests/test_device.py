@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -16,7 +15,17 @@ import pytest
 import torch
 from making import by_row, encode, jpeg, picture
 
-from gpuload import ConfigError, DeviceError, Image, LanceDataset, Text, device, pipeline
+from gpuload import (
+    ConfigError,
+    DeviceError,
+    Encoded,
+    Image,
+    LanceDataset,
+    Ragged,
+    Text,
+    device,
+)
+from gpuload.images.decode.choose import make_decoder
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.dali import DaliDecoder
 from gpuload.images.decode.lanes import LaneDecoder
@@ -71,7 +80,7 @@ def test_auto_is_the_cpu_without_a_gpu_and_in_a_worker(monkeypatch: pytest.Monke
 )
 @pytest.mark.usefixtures("two_gpus")
 def test_a_decoder_is_what_its_name_says(wish: str, where: torch.device, kind: type, name: str) -> None:
-    made = device.make_decoder(wish, where, 1000, 4)
+    made = make_decoder(wish, where, 1000, 4)
     assert type(made) is kind
     assert (made.name, made.device) == (name, where)
 
@@ -90,7 +99,7 @@ def test_a_missing_decoder_is_an_error_and_never_a_slower_one(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DeviceError, match=rf'pip install "gpuload\[{line}\]", or decoder="cpu"'):
-        device.make_decoder(wish, CUDA, 1000)
+        make_decoder(wish, CUDA, 1000)
 
 
 @pytest.mark.parametrize(("cuda", "line"), [(None, "cuda13"), ("12.8", "cuda12"), ("13.0", "cuda13")])
@@ -100,17 +109,23 @@ def test_the_line_to_install_fits_torchs_cuda(cuda: str | None, line: str, monke
         device.choose_device("cuda:99")
 
 
-@pytest.mark.parametrize("name", ["cpu", "nvimgcodec", "dali"])
-def test_a_dataset_that_nobody_closes_takes_its_decoder_along(name: str, photos: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", CpuDecoder), ("nvimgcodec", NvImageCodecDecoder), ("dali", DaliDecoder)]
+)
+def test_a_dataset_that_nobody_closes_takes_its_decoder_along(name: str, kind: type, photos: str) -> None:
+    def alive() -> int:
+        return sum(type(one) is kind for one in gc.get_objects())
+
     transforms = {"image": Image(8)}
-    dataset = LanceDataset(photos, 25, columns=["image"], transforms=transforms, device="cpu", decoder=name)
     gc.collect()
+    before = alive()
+    dataset = LanceDataset(photos, 25, columns=["image"], transforms=transforms, device="cpu", decoder=name)
     gc.disable()  # on a GPU a decoder is gigabytes: it must not wait for the collector of cycles
     try:
         list(dataset)
-        gone = weakref.ref(dataset._decoder)
+        assert alive() == before + 1
         del dataset
-        assert gone() is None
+        assert alive() == before
     finally:
         gc.enable()
 
@@ -120,13 +135,12 @@ def test_an_unknown_decoder_is_refused_when_the_dataset_is_made(photos: str) -> 
         LanceDataset(photos, 4, device="cpu", decoder="nvjpeg")
 
 
-@pytest.mark.usefixtures("two_gpus")
-def test_without_images_no_package_is_needed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_images_no_package_is_needed(store: Store, two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    monkeypatch.setattr(LanceDataset, "device", CUDA)
-    assert LanceDataset(store({"number": [1, 2]}), 2)._decode_with().name == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert LanceDataset(store({"number": [1, 2]}), 2).stats()["decoder"] == "cpu"
     with pytest.raises(DeviceError, match="nvImageCodec"):
-        LanceDataset(store({"image": [jpeg()]}), 2)._decode_with()
+        LanceDataset(store({"image": [jpeg()]}), 2).stats()
 
 
 # -- the decoders that a GPU uses, on the CPU, at the public surface -----------------------------------------------
@@ -164,18 +178,16 @@ def test_every_decoder_turns_images_alike(store: Store, decoder: str, kind: str,
         assert torch.equal(one, other)
 
 
-# -- the line as a GPU drives it, with a side that only takes notes ------------------------------------------------
+# -- the line as a GPU drives it, with streams that only take notes --------------------------------------------------
 
 
-class NotedSide:
-    """A `Side` that says it is CUDA's; memory and work stay on the CPU."""
+class NotedStreams:
+    """What `Streams` do that say they are CUDA's; memory and work stay on the CPU."""
 
-    cuda, device = True, CPU
     notes: list[tuple[str, Any]] = []  # noqa: RUF012 - shared on purpose
 
     def __init__(self, device: torch.device) -> None:
-        self.lock = threading.Lock()
-        self.count = 0
+        self.cuda, self.device, self.lock, self.count = True, device, threading.Lock(), 0
 
     def mark(self) -> int:
         with self.lock:
@@ -192,27 +204,52 @@ class NotedSide:
         columns.update({name: v.clone() for name, v in columns.items() if isinstance(v, torch.Tensor)})
         return self.mark()
 
-    def hand_over(self, columns: dict[str, Any], events: list[int]) -> None:
-        self.notes.append(("hand over", list(events)))
+    def after(self, event: int) -> None:
+        self.notes.append(("after", event))
+
+    def keep(self, columns: dict[str, Any]) -> None:
+        self.notes.append(("keep", set(columns)))
 
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    NotedSide.notes = []
-    monkeypatch.setattr(pipeline, "Side", NotedSide)
-    return NotedSide.notes
+    NotedStreams.notes = []
+    for name in ("__init__", "mark", "share", "upload", "after", "keep"):
+        monkeypatch.setattr(device.Streams, name, getattr(NotedStreams, name))
+    monkeypatch.setattr(device.Streams, "notes", NotedStreams.notes, raising=False)
+    return NotedStreams.notes
+
+
+def as_on_a_gpu(decoder: Any) -> Any:
+    """Gets whole batches."""
+    decoder.whole_batches = True
+    return decoder
+
+
+def handed_over(notes: list[tuple[str, Any]]) -> list[list[int]]:
+    """The events that the consumer's stream waited for before each batch was kept for it."""
+    batches: list[list[int]] = [[]]
+    for what, value in notes:
+        if what == "after":
+            batches[-1].append(value)
+        elif what == "keep":
+            batches.append([])
+    assert batches.pop() == []
+    return batches
 
 
 def test_on_a_gpu_a_column_is_one_slice_and_the_consumer_waits_for_all(
     photos: str, noted: list[tuple[str, Any]]
 ) -> None:
     transforms = {"image": Image(24, crop="random", flip=0.5), "prompt": Text("bytes")}
-    dataset = LanceDataset(photos, 16, transforms=transforms, device="cpu", decoder="nvimgcodec", num_threads=2)
+    decoder = as_on_a_gpu(NvImageCodecDecoder(CPU, 10**6))
+    dataset = LanceDataset(photos, 16, transforms=transforms, device="cpu", decoder=decoder)
     batches = list(dataset)
-    handed = [events for what, events in noted if what == "hand over"]
+    handed = handed_over(noted)
     # memory is allocated, marked and waited for; then the slice itself and the upload are marked
     assert [len(events) for events in handed] == [2] * len(batches) == [2, 2, 2, 2]
     assert sum(what == "mark" for what, _ in noted) == 3 * len(batches)
+    assert [value for what, value in noted if what == "keep"] == [set(batch) for batch in batches]
     assert dataset.stats()["stages"]["decode"]["items"] == 2 * len(batches)
     expected = LanceDataset(photos, 16, transforms=transforms, device="cpu")
     for batch, other in zip(batches, expected, strict=True):
@@ -222,26 +259,36 @@ def test_on_a_gpu_a_column_is_one_slice_and_the_consumer_waits_for_all(
     dataset.close()
 
 
+class Counted(CpuDecoder):
+    """Notes how many images a call has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def decode(self, encoded: Encoded, *given: Any) -> Ragged:
+        self.calls.append(len(encoded))
+        return super().decode(encoded, *given)
+
+
 def test_on_a_gpu_large_batches_are_cut_and_slices_wait_for_the_memory(
-    photos: str, noted: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+    store: Store, noted: list[tuple[str, Any]]
 ) -> None:
-    monkeypatch.setattr(pipeline, "_CUDA_SLICE_BYTES", 12000)
-    options: dict[str, Any] = {"transforms": {"image": Image(24)}, "columns": ["image"], "device": "cpu"}
-    dataset = LanceDataset(photos, 50, decoder="nvimgcodec", num_threads=2, **options)
-    calls: list[int] = []
-    decoder = dataset._decode_with()
-    decode = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda views, **how: calls.append(len(views)) or decode(views, **how))
+    padding = bytes((129 << 20) // 50)  # encoded bytes: more than two times what a call gets
+    path = store({"image": [jpeg(30, 40, i) + padding for i in range(50)]})
+    options: dict[str, Any] = {"transforms": {"image": Image(24)}, "device": "cpu"}
+    decoder = as_on_a_gpu(Counted())
+    dataset = LanceDataset(path, 50, decoder=decoder, **options)
     (batch,) = dataset
-    assert sorted(calls) == [1, 7, 7, 7, 7, 7, 7, 7], "eighths: a decoder is made for calls of one size"
-    ((_, events),) = [note for note in noted if note[0] == "hand over"]
-    assert len(events) > 5
+    assert sorted(decoder.calls) == [11, 13, 13, 13], "quarters: a decoder is made for calls of one size"
+    (events,) = handed_over(noted)
+    assert len(events) == 5
     waited = [event for what, event in noted if what == "share"]
     assert len(waited) == len(events) - 1, "every slice of pixels came after the allocation"
     assert len(set(waited)) == 1
     assert waited[0] not in events
-    (expected,) = LanceDataset(photos, 50, **options)
-    assert (batch["image"] - expected["image"]).abs().max() < 1e-5
+    (expected,) = LanceDataset(path, 50, **options)
+    assert torch.equal(batch["image"], expected["image"])
     dataset.close()
 
 
@@ -254,8 +301,8 @@ def test_on_a_gpu_own_sizes_lists_and_bad_rows_work_as_on_the_cpu(store: Store) 
         transforms = {} if image is None else {"image": image}
         for policy in ("skip", "mask"):
             options: dict[str, Any] = {"transforms": transforms, "device": "cpu", "on_error": policy}
-            dataset = LanceDataset(path, 5, decoder="nvimgcodec", **options)
-            (batch,), (expected,) = dataset, LanceDataset(path, 5, **options)
+            decoder = as_on_a_gpu(NvImageCodecDecoder(CPU, 10**6))
+            (batch,), (expected,) = LanceDataset(path, 5, decoder=decoder, **options), LanceDataset(path, 5, **options)
             assert (batch.rows.tolist(), batch.valid.tolist()) == (expected.rows.tolist(), expected.valid.tolist())
             assert batch["words"] == expected["words"]
             for one, other in zip(batch["image"], expected["image"], strict=True):
@@ -263,7 +310,7 @@ def test_on_a_gpu_own_sizes_lists_and_bad_rows_work_as_on_the_cpu(store: Store) 
                 assert (one.float() - other.float()).abs().max() < 1e-5
 
 
-# -- Side against stand-ins for CUDA ---------------------------------------------------------------------------------
+# -- Streams against stand-ins for CUDA ------------------------------------------------------------------------------
 
 
 class OnCuda(torch.Tensor):
@@ -313,33 +360,35 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Stream]]:
         def __exit__(self, *error: object) -> None:
             streams.pop()
 
-    device._copy_stream.cache_clear()
+    device.copy_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", Within)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[-1])
     yield streams
-    device._copy_stream.cache_clear()
+    device.copy_stream.cache_clear()
 
 
 def test_the_consumers_stream_waits_for_every_event_and_memory_is_kept_for_it(current: list[Stream]) -> None:
-    side, worker = device.Side(CUDA), Stream()
+    streams, worker = device.Streams(CUDA), Stream()
     current.append(worker)
-    events = [side.mark(), side.mark()]
+    events = [streams.mark(), streams.mark()]
     current.pop()
     assert worker.done == [("record", event) for event in events]
     columns = {"one": on_cuda(), "many": [on_cuda(), on_cuda()], "words": ["a"], "host": torch.zeros(2)}
-    side.hand_over(columns, events)
+    for event in events:
+        streams.after(event)
+    streams.keep(columns)
     assert current[0].done == [("wait", event) for event in events]
     for tensor in (columns["one"], *columns["many"]):
         assert tensor.streams == [current[0]]  # type: ignore[union-attr]
 
 
 def test_memory_is_kept_for_every_stream_that_writes_to_it(current: list[Stream]) -> None:
-    side, other, memory = device.Side(CUDA), Stream(), on_cuda()
-    made = side.mark()
+    streams, other, memory = device.Streams(CUDA), Stream(), on_cuda()
+    made = streams.mark()
     current.append(other)
-    side.share(memory, made)
+    streams.share(memory, made)
     assert other.done == [("wait", made)]
     assert memory.streams == [other]
 
@@ -360,10 +409,10 @@ def test_what_is_no_image_goes_up_through_pinned_memory_on_a_stream_of_its_own(
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    side = device.Side(CUDA)
+    streams = device.Streams(CUDA)
     columns: dict[str, Any] = {"ids": torch.ones(3), "none": torch.ones(0), "words": ["a"], "there": on_cuda()}
     there = columns["there"]
-    event = side.upload(columns)
+    event = streams.upload(columns)
     assert event.stream is not current[0], "the consumer's stream is left alone"
     assert moved == [(True, CUDA, True, event.stream), (False, CUDA, True, event.stream)]
     assert columns["there"] is there
@@ -371,12 +420,14 @@ def test_what_is_no_image_goes_up_through_pinned_memory_on_a_stream_of_its_own(
     assert current == [current[0]]
 
 
-def test_on_the_cpu_a_side_does_nothing() -> None:
-    side = device.Side(CPU)
+def test_on_the_cpu_streams_do_nothing() -> None:
+    streams = device.Streams(CPU)
     columns = {"ids": torch.ones(3)}
-    side.hand_over(columns, [side.mark(), side.upload(columns)])
-    side.after(None)
-    assert side.mark() is None
+    assert streams.mark() is None
+    assert streams.upload(columns) is None
+    streams.after(None)
+    streams.share(columns["ids"], None)
+    streams.keep(columns)
     assert torch.equal(columns["ids"], torch.ones(3))
 
 

@@ -1,28 +1,39 @@
-"""nvImageCodec on the CPU: the class that decodes on the GPU, through its own CPU mode, against Pillow."""
+"""nvImageCodec and DALI on the CPU: the classes that decode on the GPU, through their own CPU mode, against Pillow."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import nvidia.dali.fn
+import nvidia.dali.pipeline
+import nvidia.nvimgcodec
 import pytest
 import torch
-from making import by_pillow, claiming, encode, jpeg, picture
+from conftest import gpuload_threads
+from making import by_pillow, claiming, encode, jpeg, judged, picture
 from test_images import FILES
 
+from gpuload import Image, LanceDataset, Ragged
 from gpuload.errors import DeviceError
-from gpuload.images.decode import Ragged
-from gpuload.images.decode.arena import RING, Lane, Lanes, Lease, Slot, Tool
+from gpuload.images import PIXELS, views
+from gpuload.images.decode import libjpeg
+from gpuload.images.decode.arena import RING, Lane, Lanes, Lease, Slot
 from gpuload.images.decode.dali import DaliDecoder
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.resize import resize_normalize
+from gpuload.order.draws import Draws
 
 CPU = torch.device("cpu")
 LIMIT = 1_000_000
@@ -31,6 +42,8 @@ DECODERS: dict[str, Callable[..., LaneDecoder]] = {
     "dali": DaliDecoder,
     "host": LaneDecoder,
 }
+HOST = "simplejpeg" if libjpeg.library() is None else "libjpeg-turbo"  # what decodes plain JPEG on the host
+NONE = {"simplejpeg": 0, "pillow": 0, "failed": 0}
 
 
 @pytest.fixture(params=list(DECODERS))
@@ -40,15 +53,18 @@ def decoder(request: pytest.FixtureRequest) -> Any:
     made.close()
 
 
-def view(data: bytes | None) -> Any:
-    return None if data is None else np.frombuffer(data, np.uint8)
+def lent(decoder: LaneDecoder, files: list[bytes | None], orient: bool = True) -> Ragged:
+    encoded, headers, _ = judged(files, orient, LIMIT)
+    return decoder.decode(encoded, headers, None)
 
 
-def decoded(decoder: LaneDecoder, files: list[bytes | None], orient: bool = True) -> tuple[list[Any], dict[int, str]]:
-    """u8[h, w, c] of each file as it is stored, None where there is none; and the causes of the errors."""
-    with decoder.decode([view(file) for file in files], orient=orient) as ragged:
+def decoded(decoder: LaneDecoder, files: list[bytes | None]) -> tuple[list[Any], dict[int, str]]:
+    """u8[h, w, c] of each file as it is stored, None where there is none; and the causes of all errors."""
+    encoded, headers, errors = judged(files, max_pixels=LIMIT)
+    with decoder.decode(encoded, headers, None) as ragged:
+        assert not errors.keys() & ragged.errors.keys(), "what its header refuses is none of a decoder's business"
         found = [ragged.pixels(i).clone().numpy() if ragged.table["height"][i] else None for i in range(len(ragged))]
-        return found, {i: error.cause for i, error in ragged.errors.items()}
+        return found, {i: error.cause for i, error in (errors | ragged.errors).items()}
 
 
 def rgb(pixels: Any) -> Any:
@@ -71,11 +87,38 @@ def test_every_format_gives_the_pixels_of_pillow(kind: str, decoder: LaneDecoder
 
 def test_jpeg_and_what_it_knows_goes_through_the_decoder_and_the_rest_through_pillow() -> None:
     decoder = NvImageCodecDecoder(CPU, LIMIT)
-    kinds = ["jpeg_420", "jpeg_gray", "png_rgb", "webp_lossy", "bmp", "tiff", "jpeg2000"]
+    kinds = ["jpeg_420", "jpeg_gray", "png_rgb", "webp_lossy", "bmp", "jpeg2000"]
     decoded(decoder, [FILES[kind]() for kind in kinds])
-    assert decoder.counts() == {"nvimgcodec": len(kinds), "simplejpeg": 0, "pillow": 0, "failed": 0}
-    decoded(decoder, [FILES[kind]() for kind in ("gif", "avif", "qoi", "tiff_float", "png_rgb16", "jpeg_cmyk")])
-    assert decoder.counts() == {"nvimgcodec": len(kinds), "simplejpeg": 0, "pillow": 6, "failed": 0}
+    assert decoder.counts() == {**NONE, "nvimgcodec": len(kinds)}
+    decoded(decoder, [FILES[kind]() for kind in ("gif", "avif", "qoi", "tiff", "tiff_float", "png_rgb16", "jpeg_cmyk")])
+    assert decoder.counts() == {**NONE, "nvimgcodec": len(kinds), "pillow": 7}
+
+
+@pytest.mark.parametrize("decoder", ["nvimgcodec", "dali"], indirect=True)
+def test_jpeg_that_is_stored_as_rgb_is_the_hosts(decoder: LaneDecoder) -> None:
+    """Both take its planes for YCbCr."""
+    ((found,), errors) = decoded(decoder, [FILES["jpeg_rgb"]()])
+    assert not errors
+    np.testing.assert_array_equal(found, stored(FILES["jpeg_rgb"]()))
+    assert decoder.counts() == {**NONE, decoder.library: 0, HOST: 1}
+
+
+def deeper(bits: int) -> bytes:
+    """A JPEG file whose frame says so many bits a sample."""
+    file = jpeg(20, 30)
+    at = file.index(b"\xff\xc0") + 4
+    return file[:at] + bytes([bits]) + file[at + 1 :]
+
+
+@pytest.mark.parametrize("decoder", ["nvimgcodec", "dali"], indirect=True)
+def test_jpeg_of_more_than_eight_bits_is_pillows_to_refuse(decoder: LaneDecoder) -> None:
+    """nvImageCodec raises TypeError for the header of the one with 17 bits."""
+    files = [jpeg(20, 30), deeper(12), jpeg(20, 30, 1), deeper(17)]
+    found, errors = decoded(decoder, files)
+    assert sorted(errors) == [1, 3]
+    for i in (0, 2):
+        np.testing.assert_array_equal(found[i], stored(files[i]))
+    assert decoder.counts()[decoder.library] == 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -83,7 +126,7 @@ def test_jpeg_and_what_it_knows_goes_through_the_decoder_and_the_rest_through_pi
 def test_orientation_is_in_the_table_and_not_in_the_pixels(kind: str, orientation: int, decoder: LaneDecoder) -> None:
     data = encode(picture(17, 23), kind, orientation)
     for orient in (True, False):
-        with decoder.decode([view(data)], orient=orient) as ragged:
+        with lent(decoder, [data], orient) as ragged:
             assert ragged.table["orientation"][0] == (orientation if orient else 1)
             assert ragged.pixels(0).shape[:2] == (17, 23)
 
@@ -111,7 +154,7 @@ def test_bad_images_are_errors_of_their_rows_and_harm_no_other(decoder: LaneDeco
         assert found[2 * i + 1] is None
     for i, file in enumerate(good):
         np.testing.assert_array_equal(found[2 * i], stored(file))
-    assert decoder.counts()["failed"] == len(BAD)
+    assert decoder.counts()["failed"] == 2, "the cut ones; the others' headers gave them away before"
 
 
 def test_a_batch_of_nothing_and_a_batch_of_bad_ones(decoder: LaneDecoder) -> None:
@@ -132,8 +175,23 @@ def test_arenas_are_used_again_and_grow(decoder: LaneDecoder) -> None:
                 np.testing.assert_array_equal(rgb(pixels), stored(file))
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Lane[Any]]:
+    """The lanes that decoders make."""
+    found: list[Lane[Any]] = []
+
+    class Noted(Lane[Any]):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            found.append(self)
+
+    for module in ("lanes", "nvimgcodec", "dali"):
+        monkeypatch.setattr(f"gpuload.images.decode.{module}.Lane", Noted)
+    return found
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-def test_four_callers_at_once_get_their_own_pixels(threads: int) -> None:
+def test_four_callers_at_once_get_their_own_pixels(threads: int, made: list[Lane[Any]]) -> None:
     files = [jpeg(100 + i, 90 + 2 * i, i) for i in range(24)] + [FILES["gif"](), FILES["png_rgb"]()]
     expected = [stored(file) for file in files]
     for make in DECODERS.values():
@@ -144,10 +202,27 @@ def test_four_callers_at_once_get_their_own_pixels(threads: int) -> None:
             found, errors = decoded(decoder, [files[i] for i in order])
             return len(errors) + sum(not np.array_equal(rgb(p), expected[i]) for p, i in zip(found, order, strict=True))
 
+        made.clear()
         with ThreadPoolExecutor(4) as pool:
             assert sum(pool.map(work, range(60))) == 0
-        assert len(decoder._lanes._free) <= 4  # a lane for every call at once, no more
+        assert 1 <= len(made) <= 4  # a lane for every call at once, no more
         decoder.close()
+
+
+def test_windows_are_enough_whatever_decodes(decoder: LaneDecoder) -> None:
+    """JPEG in windows, and whole what Pillow reads and what the decoder claims, in one call: each lies where the table
+    says."""
+    files = [jpeg(120, 90, 1), FILES["gif"](), jpeg(200, 150, 2, subsampling=0), encode(picture(99, 80), "PNG", 6)]
+    encoded, headers, _ = judged([*files, FILES["jpeg_rgb"]()])
+    image, draws = Image((20, 30), crop="random", flip=0.5), Draws(3, 0, np.arange(5))
+    wanted = views.views(image, headers, draws)
+    outs = [torch.empty(5, 3, 20, 30) for _ in range(2)]
+    for out, needed in zip(outs, (None, views.windows(wanted, headers, (20, 30))), strict=True):
+        encoded, headers, _ = judged([*files, FILES["jpeg_rgb"]()])
+        with decoder.decode(encoded, headers, needed) as ragged:
+            assert not ragged.errors
+            resize_normalize(ragged, wanted, image, out)
+    assert (outs[0] - outs[1]).abs().max() <= 2e-6  # float32 weights of shifted coordinates
 
 
 def test_closing_frees_and_the_next_call_works(decoder: LaneDecoder) -> None:
@@ -158,23 +233,36 @@ def test_closing_frees_and_the_next_call_works(decoder: LaneDecoder) -> None:
     assert not errors
 
 
-def test_a_failing_reader_does_not_lose_the_lane(decoder: LaneDecoder) -> None:
-    with pytest.raises(ZeroDivisionError), decoder.decode([view(jpeg())]):
-        1 / 0  # noqa: B018
-    assert len(decoder._lanes._free) == 1
+def test_a_failing_reader_does_not_lose_the_lane(made: list[Lane[Any]], decoder: LaneDecoder) -> None:
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), lent(decoder, [jpeg()]):
+            1 / 0  # noqa: B018
     decoded(decoder, [jpeg()])
+    assert len(made) == 1
+
+
+class Package:
+    """Stands for the package nvidia.nvimgcodec: what is not given by keyword is the real one's."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nvidia.nvimgcodec, name)
 
 
 class Always:
     """Stands for a decoder that refuses everything, as nvImageCodec does when the GPU has no memory left."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
 
     def decode(self, streams: list[Any], **_: Any) -> list[None]:
         return [None] * len(streams)
 
 
 def test_a_batch_that_all_went_to_the_host_is_told_once() -> None:
-    decoder = NvImageCodecDecoder(CPU, LIMIT)
-    decoder._lanes.give(Lane(CPU, Tool(Always())))
+    decoder = NvImageCodecDecoder(CPU, LIMIT, package=Package(Decoder=Always))
     with pytest.warns(RuntimeWarning, match="nvimgcodec decoded none of 5 images and the host did it"):
         found, errors = decoded(decoder, [jpeg(20, 30, i) for i in range(5)])
     assert not errors
@@ -183,49 +271,144 @@ def test_a_batch_that_all_went_to_the_host_is_told_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoded(decoder, [jpeg(20, 30, i) for i in range(5)])
-    assert decoder.counts() == {"nvimgcodec": 0, "simplejpeg": 10, "pillow": 0, "failed": 0}
+    assert decoder.counts() == {**NONE, "nvimgcodec": 0, HOST: 10}
+
+
+@pytest.mark.parametrize("error", [TypeError("precision"), ValueError("codec"), RuntimeError("stream")])
+def test_whatever_it_raises_about_a_header_the_image_is_the_hosts(error: Exception) -> None:
+    files = [jpeg(20, 30, i) for i in range(3)]
+
+    def refusing(view: Any) -> Any:
+        if bytes(view) == files[1]:
+            raise error
+        return nvidia.nvimgcodec.CodeStream(view)
+
+    decoder = NvImageCodecDecoder(CPU, LIMIT, package=Package(CodeStream=refusing))
+    found, errors = decoded(decoder, files)
+    assert not errors
+    for pixels, file in zip(found, files, strict=True):
+        np.testing.assert_array_equal(pixels, stored(file))
+    assert decoder.counts() == {**NONE, "nvimgcodec": 2, HOST: 1}
 
 
 def test_a_missing_package_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(DeviceError, match=r'pip install "gpuload\[cuda1[23]\]"'):
         NvImageCodecDecoder(CPU, LIMIT)
 
 
 def test_dali_orders_its_outputs_on_the_lanes_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvidia.dali.pipeline import Pipeline
-
     given: list[Any] = []
+    image = nvidia.dali.fn.decoders.image
 
-    class Noted(Pipeline):  # type: ignore[misc]
+    class Noted(nvidia.dali.pipeline.Pipeline):  # type: ignore[misc]
+        def __init__(self, *, device_id: Any, **options: Any) -> None:
+            assert device_id == 1
+            super().__init__(device_id=None, **options)
+
         def outputs(self, cuda_stream: Any = None) -> Any:
             given.append(cuda_stream)
             return super().outputs()
 
-    decoder = DaliDecoder(CPU, LIMIT)
-    decoder._pipeline = Noted
-    lane = decoder._lanes.take(decoder._lane)
-    lane.tool.made, lane.tool.images = decoder._build(2), 2
-    monkeypatch.setattr(decoder, "device", torch.device("cuda", 0))
-    lane.stream = SimpleNamespace(cuda_stream=77)
-    assert len(decoder._decode_part(lane, [view(jpeg()), view(jpeg())])) == 2
+    def on_the_cpu(encoded: Any, *, device: str, jpeg_fancy_upsampling: bool, **options: Any) -> Any:
+        assert (device, jpeg_fancy_upsampling) == ("mixed", False)
+        return image(encoded, device="cpu", **options)
+
+    monkeypatch.setattr(nvidia.dali.pipeline, "Pipeline", Noted)
+    monkeypatch.setattr(nvidia.dali.fn.decoders, "image", on_the_cpu)
+    monkeypatch.setattr("gpuload.images.decode.dali.Lane", lambda device, tool: Lane(CPU, tool, FakeStream(77)))
+    decoder = DaliDecoder(torch.device("cuda", 1), LIMIT)
+    with lent(decoder, [jpeg(), jpeg()]) as ragged:
+        assert not ragged.errors
+    assert decoder.counts()["dali"] == 2
     assert given == [77]
 
 
-class Given:
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "Critical error: CUDA runtime API error cudaErrorLaunchFailure (719): unspecified launch failure",
+        "nvml error, CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+        "Out of memory on device 0",
+    ],
+)
+def test_dali_does_not_look_for_a_bad_image_on_a_dead_gpu(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    class Dead(nvidia.dali.pipeline.Pipeline):  # type: ignore[misc]
+        def run(self, *_: Any) -> Any:
+            runs.append(1)
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(nvidia.dali.pipeline, "Pipeline", Dead)
+    decoder = DaliDecoder(CPU, LIMIT)
+    with pytest.raises(RuntimeError) as caught:
+        lent(decoder, [jpeg(20, 30, i) for i in range(8)])
+    assert str(caught.value) == message
+    assert len(runs) == 1
+    assert decoder.counts() == {**NONE, "dali": 0}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_dali_leaves_one_bad_image_to_the_host_and_decodes_the_others(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [jpeg(20, 30, i) for i in range(8)]
+    runs: list[int] = []
+
+    class Picky(nvidia.dali.pipeline.Pipeline):  # type: ignore[misc]
+        def feed_input(self, name: str, views: list[Any]) -> None:
+            self.bad = [k for k, view in enumerate(views) if bytes(view) == files[5]]
+            super().feed_input(name, views)
+
+        def run(self, *given: Any) -> Any:
+            runs.append(1)
+            if self.bad:
+                raise RuntimeError(f"Error in sample #{self.bad[0]}" if named else "Error in a sample")
+            return super().run(*given)
+
+    monkeypatch.setattr(nvidia.dali.pipeline, "Pipeline", Picky)
+    decoder = DaliDecoder(CPU, LIMIT)
+    found, errors = decoded(decoder, files)  # type: ignore[arg-type]
+    assert not errors
+    for pixels, file in zip(found, files, strict=True):
+        np.testing.assert_array_equal(pixels, stored(file))
+    assert decoder.counts() == {**NONE, "dali": 7, HOST: 1}
+    assert len(runs) == (2 if named else 7), "halves, halves of the half, and so on"
+
+
+def test_threads_of_the_host_end_with_a_dataset_that_nobody_closed(store: Callable[..., str]) -> None:
+    files = [encode(picture(30, 40, i), "PNG") for i in range(12)] + [jpeg(30, 40, i) for i in range(12)]
+    decoder = LaneDecoder(CPU, LIMIT, 3)
+    dataset = LanceDataset(store({"image": files}), 24, transforms={"image": Image(8)}, device="cpu", decoder=decoder)
+
+    def threads() -> list[str]:
+        return [thread.name for thread in gpuload_threads() if thread.name.startswith("gpuload-host")]
+
+    assert len(list(dataset)) == 1
+    assert threads()
+    gc.collect()
+    gc.disable()  # nor do they wait for the collector of cycles
+    try:
+        del dataset, decoder
+        end = time.monotonic() + 5
+        while threads() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not threads()
+    finally:
+        gc.enable()
+
+
+class Given(Package):
     """Stands for nvImageCodec on a GPU: notes how a Decoder is made and what it is called with. Whatever it decodes has
     the colour `result`; with None it decodes nothing, with a str it puts the pixels elsewhere."""
 
-    def __init__(self, real: Any, result: Any) -> None:
-        self.real, self.result, self.made, self.called = real, result, dict[str, Any](), dict[str, Any]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
+    def __init__(self, result: Any, log: list[str]) -> None:
+        super().__init__(result=result, log=log, made=dict[str, Any](), called=list[dict[str, Any]]())
 
     def Backend(self, kind: Any, **options: Any) -> Any:
-        self.real.Backend(kind, **options)  # it must know the words
+        nvidia.nvimgcodec.Backend(kind, **options)  # it must know the words
         return kind, options
 
     def Decoder(self, **options: Any) -> Any:
@@ -233,26 +416,25 @@ class Given:
         return self
 
     def as_images(self, memory: list[Any], cuda_stream: int) -> list[Any]:
-        self.called = {"memory": [m.__cuda_array_interface__ for m in memory], "images on": cuda_stream}
-        for m in self.called["memory"] if isinstance(self.result, tuple) else []:
+        places = [m.__cuda_array_interface__ for m in memory]
+        self.called.append({"memory": places, "images on": cuda_stream})
+        for m in places if isinstance(self.result, tuple) else []:
             pixels = (ctypes.c_uint8 * int(np.prod(m["shape"]))).from_address(m["data"][0])
             np.ctypeslib.as_array(pixels).reshape(m["shape"])[:] = self.result
         return memory
 
     def decode(self, streams: list[Any], images: list[Any], params: Any, cuda_stream: int) -> list[Any]:
-        self.called |= {"decode on": cuda_stream, "turned": params.apply_exif_orientation}
+        self.log.append("decode")
+        self.called[-1] |= {"decode on": cuda_stream, "turned": params.apply_exif_orientation}
         return [self.result] * len(streams)
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, **options: Any) -> tuple[NvImageCodecDecoder, Given]:
-    """A decoder that takes itself to be on cuda:1, on a lane of stand-ins."""
-    decoder = NvImageCodecDecoder(CPU, LIMIT, 8, calls=2, **options)
-    given = decoder._nv = Given(decoder._nv, result)
-    decoder.device = torch.device("cuda", 1)
-    stream = FakeStream()
-    stream.cuda_stream = 77  # type: ignore[attr-defined]
+    """A decoder that takes itself to be on cuda:1, on lanes of stand-ins."""
+    stream = FakeStream(77)
+    given = Given(result, stream.log)
     monkeypatch.setattr("gpuload.images.decode.nvimgcodec.Lane", lambda device, tool: Lane(CPU, tool, stream))
-    return decoder, given
+    return NvImageCodecDecoder(torch.device("cuda", 1), LIMIT, 8, calls=2, package=given, **options), given
 
 
 @pytest.mark.parametrize(("parity", "kinds"), [(False, ["HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU"]),
@@ -261,52 +443,58 @@ def test_on_a_gpu_it_is_told_which_backends_and_never_the_host(
     parity: bool, kinds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, given = on_a_gpu(monkeypatch, (201, 99, 52), parity=parity, hardware_load=0.4)
-    lane = decoder._lane()
-    decoder._ready(lane, 20)
+    with lent(decoder, [jpeg()] * 20) as ragged:
+        assert (ragged.pixels(19).numpy() == (201, 99, 52)).all()
     assert [kind.name for kind, _ in given.made["backends"]] == kinds
     if not parity:
-        policy = given.real.LoadHintPolicy.FIXED
+        policy = given.LoadHintPolicy.FIXED
         assert given.made["backends"][0][1] == {"load_hint": 0.4, "load_hint_policy": policy}
     assert given.made["options"] == f":fancy_upsampling={int(parity)}"
     assert (given.made["device_id"], given.made["max_num_cpu_threads"]) == (1, min(4, (os.cpu_count() or 2) - 1))
-    memory = given.called.pop("memory")
-    assert {(one["shape"], one["typestr"]) for one in memory} == {((64, 64, 3), "|u1")}
-    assert given.called == {"images on": 77, "decode on": 77, "turned": False}
-    assert lane.stream.log[-1] == "wait all", "the probe's result is known before anything else is decoded"
+    probe, call = given.called
+    assert {(one["shape"], one["typestr"]) for one in probe.pop("memory")} == {((64, 64, 3), "|u1")}
+    assert {(one["shape"], one["typestr"]) for one in call.pop("memory")} == {((24, 32, 3), "|u1")}
+    assert probe == call == {"images on": 77, "decode on": 77, "turned": False}
+    first, second = (at for at, what in enumerate(given.log) if what == "decode")
+    assert "wait all" in given.log[first:second], "the probe's result is known before anything else is decoded"
 
 
 def test_the_first_call_of_every_decoder_is_as_large_as_the_largest_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fixes what the JPEG engine gets of a call, which must not depend on the lane."""
     decoder, given = on_a_gpu(monkeypatch, (200, 100, 50))
-    calls = [(1, 16), (60, 64), (58, 0), (64, 0), (128, 128), (100, 0)]  # images, pictures of the first call
-    for images, pictures in calls:
-        given.called = {"memory": []}
-        lane = decoder._lanes.take(decoder._lane)
-        decoder._ready(lane, images)
-        decoder._lanes.give(lane)
-        assert len(given.called["memory"]) == pictures, images
-    one, other = (decoder._lanes.take(decoder._lane) for _ in range(2))
-    decoder._ready(one, 3)
-    assert given.called == {"memory": []}
-    decoder._ready(other, 3)
-    assert len(given.called["memory"]) == 128
+
+    def pictures(held: ExitStack, images: int) -> int:
+        """Pictures of the first call of a decoder that is made for `images`, 0 where there is one already."""
+        given.called.clear()
+        held.enter_context(lent(decoder, [jpeg()] * images))
+        *first, call = given.called
+        assert len(call["memory"]) == images
+        return sum(len(one["memory"]) for one in first)
+
+    for images, needed in [(1, 16), (60, 64), (58, 0), (64, 0), (128, 128), (100, 0)]:
+        with ExitStack() as held:
+            assert pictures(held, images) == needed, images
+    with ExitStack() as held:
+        assert pictures(held, 3) == 0
+        assert pictures(held, 3) == 128, "another lane, for the first one is lent"
 
 
 def test_a_gpu_without_nvjpeg_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = on_a_gpu(monkeypatch, None)
     with pytest.raises(DeviceError, match=r'cuda:1, got nothing: nvJPEG is missing.*"gpuload\[cuda1[23]\]"'):
-        decoder.decode([view(jpeg())])
+        lent(decoder, [jpeg()])
     with pytest.raises(DeviceError):  # and no decoder that failed is used
-        decoder.decode([view(jpeg())])
+        lent(decoder, [jpeg()])
 
 
 def test_pixels_that_do_not_come_where_they_should_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = on_a_gpu(monkeypatch, (200, 100, 50))
-    for _ in range(20):  # memory that is handed out again may hold the right colour from before
-        decoder._ready(decoder._lane(), 1)
+    with ExitStack() as held:  # memory that is handed out again may hold the right colour from before
+        for _ in range(20):
+            held.enter_context(lent(decoder, [jpeg()]))
     decoder, _ = on_a_gpu(monkeypatch, "elsewhere")
     with pytest.raises(DeviceError, match=r'memory of cuda:1, got values up to \d+ from it.*decoder="dali"'):
-        decoder.decode([view(jpeg())])
+        lent(decoder, [jpeg()])
 
 
 # The ring's protocol, with stand-ins for CUDA's streams and events.
@@ -321,9 +509,9 @@ class FakeEvent:
 
 
 class FakeStream:
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         self.log: list[str] = []
-        self.events = 0
+        self.events, self.cuda_stream = 0, number
 
     def record_event(self, event: Any = None) -> FakeEvent:
         self.events += 1
@@ -372,7 +560,7 @@ def test_after_a_failure_the_whole_stream_is_waited_for() -> None:
     for slot in (lane.slot(), lane.slot()):
         slot.arena(1)
     stream.log.clear()
-    ragged = Ragged(torch.empty(0), np.zeros(0), {}, Lease(lanes, lane, slot))
+    ragged = Ragged(torch.empty(0), np.zeros(0, PIXELS), {}, Lease(lanes, lane, slot))
     with pytest.raises(RuntimeError, match="kernel"), ragged:
         raise RuntimeError("kernel")
     assert lanes.take(lambda: Lane(CPU, None, stream)) is lane

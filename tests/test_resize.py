@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuload import kernels
-from gpuload.images.decode import IMAGE_ROW, Ragged
+from gpuload import HEADER, DecodeError, Ragged, kernels
+from gpuload.images import PIXELS, VIEW, views
 from gpuload.images.resize import cpu_implementation, native, resize_normalize, resize_twin
 from gpuload.images.transform import Image
+from gpuload.order.draws import Draws
 
 FLOAT = 2e-5  # of the value range: float32 weights, some hundred terms
 PILLOW = 1.01  # grey levels: Pillow rounds to 8 bits after each of its two passes
@@ -30,13 +31,14 @@ examples = settings(max_examples=40, deadline=None)
 
 
 def ragged_of(images: list[np.ndarray], orientation: int | list[int] = 1) -> Ragged:
-    table, offset = np.zeros(len(images), IMAGE_ROW), 0
-    for row, pixels in zip(table, images, strict=True):
-        h, w, c = pixels.shape
-        row["offset"], row["pitch"], row["height"], row["width"], row["channels"] = offset, w * c, h, w, c
-        offset += pixels.size
-    table["orientation"] = orientation
-    return Ragged(torch.from_numpy(np.concatenate([pixels.reshape(-1) for pixels in images])), table)
+    ragged = Ragged.of(images)
+    ragged.table["orientation"] = orientation
+    return ragged
+
+
+def views_of(ragged: Ragged, image: Image, seed: int = 0) -> np.ndarray:
+    """VIEW[N]: a view of every image."""
+    return views.views(image, ragged.table, Draws(seed, 0, np.arange(len(ragged))))
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -44,10 +46,11 @@ def noise(seed: int, *shape: int) -> np.ndarray:
 
 
 def resized(ragged: Ragged, image: Image, seed: int = 0, flip: bool = False, resize=resize_normalize) -> torch.Tensor:
-    regions, flips = image.regions(*ragged.sizes(), seed, 0, np.arange(len(ragged)))
+    wanted = views_of(ragged, image, seed)
+    wanted["flip"] ^= flip
     out = torch.full((len(ragged), *image.shape), 7).to(image.dtype)
     out = out.contiguous(memory_format=torch.channels_last if image.channels_last else torch.contiguous_format)
-    resize(ragged, regions, flips ^ flip, image, out)
+    resize(ragged, wanted, image, out)
     return out
 
 
@@ -101,13 +104,51 @@ def test_slices_equal_the_whole(stored, size, seed, data) -> None:
     turns = [data.draw(orientations) for _ in stored]
     ragged = ragged_of([noise(seed + i, *shape) for i, shape in enumerate(stored)], turns)
     image = Image(size, crop="random", flip=0.5, channels_last=data.draw(st.booleans()))
-    regions, flips = image.regions(*ragged.sizes(), seed, 0, np.arange(len(stored)))
-    whole = resized(ragged, image, seed)
+    wanted, whole = views_of(ragged, image, seed), resized(ragged, image, seed)
     parts, cut = torch.empty_like(whole), data.draw(st.integers(0, len(stored)))
-    for part in (slice(0, cut), slice(cut, None)):
-        piece = Ragged(ragged.arena, ragged.table[part])
-        resize_normalize(piece, regions[part], flips[part], image, parts[part])
+    for lo, hi in ((0, cut), (cut, len(stored))):
+        piece, mine = Ragged(ragged.arena, ragged.table[lo:hi]), wanted[lo:hi].copy()
+        mine["image"] -= lo
+        resize_normalize(piece, mine, image, parts[lo:hi])
     assert torch.equal(parts, whole)
+
+
+@implementations
+@examples
+@given(st.lists(shapes, min_size=1, max_size=4), st.lists(st.integers(0, 3), max_size=9), sizes, seeds, st.data())
+def test_many_views_of_few_images_are_each_what_they_are_alone(resize, stored, which, size, seed, data) -> None:
+    ragged = ragged_of([noise(seed + i, *shape) for i, shape in enumerate(stored)], data.draw(orientations))
+    image = Image(size, crop="random", flip=0.5)
+    wanted = np.zeros(len(which), VIEW)
+    for m, i in enumerate(which):
+        wanted[m] = views_of(ragged, image, seed + m)[i % len(stored)]
+    out = torch.empty(len(which), 3, *size)
+    resize(ragged, wanted, image, out)
+    for m, view in enumerate(wanted):
+        alone, one = torch.empty(1, 3, *size), view.reshape(1).copy()
+        one["image"] = 0
+        resize(Ragged(ragged.arena, ragged.table[view["image"]].reshape(1)), one, image, alone)
+        assert torch.equal(out[m : m + 1], alone)
+
+
+@implementations
+@examples
+@given(st.lists(shapes, min_size=1, max_size=3), sizes, seeds, st.data())
+def test_what_lies_outside_the_windows_is_never_looked_at(resize, stored, size, seed, data) -> None:
+    """Every view of an image from its window alone, wherever the decoder put it, equals that from the whole."""
+    turns = [data.draw(orientations) for _ in stored]
+    whole = ragged_of([noise(seed + i, *shape) for i, shape in enumerate(stored)], turns)
+    image = Image(size, crop="random", flip=0.5)
+    wanted = np.concatenate([views_of(whole, image, seed + k) for k in range(data.draw(st.integers(1, 3)))])
+    needed = views.windows(wanted, whole.table, size)
+    cut = Ragged(whole.arena, whole.table.copy())
+    for row, (x, y, w, h) in zip(cut.table, needed, strict=True):
+        row["offset"] += y * row["pitch"] + x * row["channels"]
+        row["x"], row["y"], row["width"], row["height"] = x, y, w, h
+    outs = [torch.empty(len(wanted), 3, *size) for _ in range(2)]
+    resize(whole, wanted, image, outs[0])
+    resize(cut, wanted, image, outs[1])
+    assert (outs[0] - outs[1]).abs().max() <= 2e-6  # float32 weights of shifted coordinates
 
 
 @examples
@@ -159,22 +200,22 @@ def test_extreme_shapes(resize) -> None:
 @implementations
 def test_a_missing_image_is_zeros_and_no_images_is_nothing(resize) -> None:
     ragged, image = ragged_of([noise(0, 8, 8, 3)] * 3), Image(4, mean=0.5, std=0.5)
-    ragged.table[1] = np.zeros((), IMAGE_ROW)
+    ragged.table[1] = np.zeros((), PIXELS)
     got = resized(ragged, image, resize=resize)
     assert (got[1] == 0).all()
     assert torch.equal(got[0], got[2])
-    resize(Ragged(ragged.arena, ragged.table[:0]), np.zeros((0, 4)), np.zeros(0, bool), image, torch.empty(0, 3, 4, 4))
+    resize(Ragged(ragged.arena, ragged.table[:0]), np.zeros(0, VIEW), image, torch.empty(0, 3, 4, 4))
+    resize(ragged, np.zeros(0, VIEW), image, torch.empty(0, 3, 4, 4))
 
 
 def test_threads_fill_disjoint_slices() -> None:
     ragged = ragged_of([noise(i, 40 + i, 90 - i, 3) for i in range(32)], [1 + i % 8 for i in range(32)])
     image = Image(24, crop="random", flip=0.5, dtype=torch.uint8, channels_last=True)
-    regions, flips = image.regions(*ragged.sizes(), 0, 0, np.arange(32))
+    wanted = views_of(ragged, image)
     expected, out = resized(ragged, image), resized(ragged, image).fill_(9)
 
     def fill(i: int) -> None:
-        part = slice(i, i + 1)
-        resize_normalize(Ragged(ragged.arena, ragged.table[part]), regions[part], flips[part], image, out[part])
+        resize_normalize(ragged, wanted[i : i + 1], image, out[i : i + 1])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fill, range(32)))
@@ -182,17 +223,27 @@ def test_threads_fill_disjoint_slices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "out", "message"),
+    ("count", "out", "message"),
     [
-        (2, torch.empty(1, 3, 4, 4), r"Expected regions \[1, 4\]"),
+        (2, torch.empty(1, 3, 4, 4), r"Expected VIEW\[2\] and out \[2, 3, H, W\]"),
         (1, torch.empty(1, 1, 4, 4), r"out \[1, 3, H, W\]"),
         (1, torch.empty(1, 3, 4, 4, dtype=torch.float16), "torch.float32 on cpu"),
         (1, torch.empty(1, 3, 4, 8)[..., ::2], "contiguous or channels-last"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(rows: int, out: torch.Tensor, message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(count: int, out: torch.Tensor, message: str) -> None:
+    wanted = np.zeros(count, VIEW)
+    wanted["region"] = 1
     with pytest.raises(ValueError, match=message):
-        resize_normalize(ragged_of([noise(0, 5, 5, 3)]), np.ones((rows, 4)), np.zeros(rows, bool), Image(4), out)
+        resize_normalize(ragged_of([noise(0, 5, 5, 3)]), wanted, Image(4), out)
+
+
+@pytest.mark.parametrize("which", [-1, 2])
+def test_a_view_of_an_image_that_is_not_there_is_refused(which: int) -> None:
+    wanted = np.zeros(2, VIEW)
+    wanted["region"], wanted["image"][1] = (0, 0, 5, 5), which
+    with pytest.raises(ValueError, match=rf"Expected views of 2 images, got one of image {which}"):
+        resize_normalize(ragged_of([noise(0, 5, 5, 3)] * 2), wanted, Image(4), torch.empty(2, 3, 4, 4))
 
 
 @examples
@@ -215,7 +266,7 @@ def test_native_is_exact(shape, seed, orientation, flip) -> None:
 
 def test_native_owns_its_memory_and_takes_every_dtype() -> None:
     ragged = ragged_of([noise(0, 6, 5, 3)] * 2)
-    ragged.table[1] = np.zeros((), IMAGE_ROW)
+    ragged.table[1] = np.zeros((), PIXELS)
     for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
         for mode in ("RGB", "L"):
             image = Image(None, dtype=dtype, mode=mode)
@@ -230,3 +281,31 @@ def test_native_owns_its_memory_and_takes_every_dtype() -> None:
     before = got.clone()
     ragged.arena.zero_()
     assert torch.equal(got, before)
+
+
+def test_pixels_right_behind_the_arena_are_another_memorys() -> None:
+    """An arena that ends where its allocation ends, and another library's memory that begins there."""
+    memory, pixels = np.zeros(100 + 60, np.uint8), noise(0, 4, 5, 3)
+    memory[100:] = pixels.reshape(-1)
+    ragged = Ragged(torch.from_numpy(memory[:100]), ragged_of([pixels]).table)
+    ragged.table["offset"] = ragged.arena.numel()
+    assert torch.equal(ragged.pixels(0), torch.from_numpy(pixels))
+    image = Image((4, 5), crop="none", dtype=torch.uint8)
+    for resize in (resize_normalize, resize_twin):
+        assert torch.equal(resized(ragged, image, resize=resize)[0], torch.from_numpy(pixels).movedim(2, 0))
+
+
+def test_ragged_of_takes_what_a_decoder_has_and_refuses_the_rest() -> None:
+    gray, colour, broken = noise(0, 4, 5), torch.from_numpy(noise(1, 6, 3, 3)), DecodeError("Expected, got")
+    headers = np.zeros(4, HEADER)
+    headers["orientation"] = (1, 6, 1, 3)
+    ragged = Ragged.of([gray, colour, broken, noise(2, 2, 2, 1)], headers)
+    assert ragged.errors == {2: broken}
+    assert ragged.table["height"].tolist() == [4, 6, 0, 2]
+    assert ragged.table["orientation"].tolist() == [1, 6, 0, 3]
+    assert torch.equal(ragged.pixels(0)[..., 0], torch.from_numpy(gray))
+    assert torch.equal(ragged.pixels(1), colour)
+    assert len(Ragged.of([])) == 0
+    for wrong in (noise(0, 4, 5, 4), np.zeros((4, 5, 3), np.float32), np.zeros(5, np.uint8)):
+        with pytest.raises(ValueError, match=r"Expected image 1 as uint8 \[height, width, 1 or 3\], got torch"):
+            Ragged.of([gray, wrong])

@@ -186,7 +186,8 @@ class Ragged:
             if isinstance(image, DecodeError):
                 errors[i] = image
                 continue
-            pixels = torch.as_tensor(image)
+            # an array of Pillow's is read-only, and torch warns of those: it is copied
+            pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.require(image, None, ["C", "W"]))
             pixels = pixels[:, :, None] if pixels.dim() == 2 else pixels
             if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] not in (1, 3):
                 got = f"{pixels.dtype} {tuple(pixels.shape)}"

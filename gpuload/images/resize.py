@@ -180,8 +180,9 @@ def _check(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Ten
             f"Expected VIEW[{m}] and out [{m}, {image.channels}, H, W] of {image.dtype} on {ragged.arena.device}, got "
             f"{views.dtype} {views.shape} and {tuple(out.shape)} of {out.dtype} on {out.device}."
         )
-    if m and not 0 <= int(views["image"].min()) <= int(views["image"].max()) < n:
-        raise ValueError(f"Expected views of {n} images, got one of image {int(views['image'].max())}.")
+    beyond = views["image"][(views["image"] < 0) | (views["image"] >= n)]
+    if len(beyond):
+        raise ValueError(f"Expected views of {n} images, got one of image {beyond[0]}.")
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -151,6 +150,5 @@ class LaneDecoder:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, "gpuload-host")
-                weakref.finalize(self, self._pool.shutdown, wait=False)  # a dataset that nobody closed
             pool = self._pool
         return pool.map(function, items)

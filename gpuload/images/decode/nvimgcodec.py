@@ -47,6 +47,8 @@ class NvImageCodecDecoder(LaneDecoder):
         In [0, 1]: share of a full batch for the JPEG engine, which gets the largest images.
     calls : int
         Calls at once.
+    package : module, optional
+        nvidia.nvimgcodec, or what stands for it where it shall be watched or take no time.
 
     Raises
     ------
@@ -65,9 +67,10 @@ class NvImageCodecDecoder(LaneDecoder):
         parity: bool = False,
         hardware_load: float = HARDWARE_LOAD,
         calls: int = 1,
+        package: Any = None,
     ) -> None:
         super().__init__(device, max_pixels, threads)
-        self._nv = _import()
+        self._nv = package or _import()
         self.name = "nvimgcodec:parity" if parity else "nvimgcodec"
         self._parity, self._load = parity, 0.0 if parity else hardware_load
         self._workers = max(1, min(threads // calls, (os.cpu_count() or 2) - 1))  # more is refused with a warning
