@@ -116,7 +116,7 @@ class LanceSource(Feed):
         if self._running is not None:
             raise ConfigError(f"Expected last_batch_policy before the epoch, got {policy} within it.")
         self._policy, self._fill = _policy(policy), _policy(policy) is LastBatchPolicy.FILL
-        self._dataset.drop_last = self._policy is LastBatchPolicy.DROP
+        self._dataset.keep_last(self._policy is not LastBatchPolicy.DROP)
 
     def __repr__(self) -> str:
         return f"LanceSource({self._dataset!r}, outputs={self.outputs}, last_batch_policy={self._policy.name})"

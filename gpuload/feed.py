@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections import deque
@@ -36,6 +37,10 @@ class Undecoded(LanceDataset):
             if isinstance(transform, Image):
                 raise ConfigError(f"Expected only Text in transforms, got Image for {name!r}: DALI decodes images.")
         super().__init__(uri, batch_size, device="cpu", **options)
+
+    def keep_last(self, keep: bool) -> None:
+        """Whether rows that do not fill a batch on every rank are read, which DALI decides later than the dataset."""
+        self._options = dataclasses.replace(self._options, drop_last=not keep)
 
     def forms(self) -> dict[str, tuple[torch.dtype, int]]:
         """Name → (dtype, dimensions of a sample) of every column that is an image or a tensor, masks included."""

@@ -175,7 +175,7 @@ STAGES = {
     "decode": "gpuload.images.decode.cpu.CpuDecoder.decode",
     "resize": "gpuload.images.resize.resize_normalize",
     "regions": "gpuload.images.transform.Image.regions",
-    "plan": "gpuload.order.samplers.Plan.ranges",
+    "plan": "gpuload.order.cut.FixedSize.ranges",
     "positions": "gpuload.tables.lance.Source.positions",
     "finish": "gpuload.pipeline.Pipeline._finish",
     "hand_over": "gpuload.device.Side.hand_over",

@@ -26,8 +26,8 @@ from gpuload import (
     ShardedFragmentSampler,
     ShuffleSampler,
 )
-from gpuload.order.samplers import Plan
-from gpuload.tables.lance import coalesce, expand
+from gpuload.order import coalesce, expand
+from gpuload.order.cut import FixedSize
 
 KINDS = st.sampled_from(sorted(SHARDED))
 FRAGMENTS = st.lists(st.integers(0, 40), max_size=8)  # empty ones, none at all
@@ -36,7 +36,7 @@ WORLD = st.integers(1, 12)  # often more ranks than fragments
 EPOCH = st.integers(0, 3)
 
 
-def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 0, **more: Any) -> list[Plan]:
+def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 0, **more: Any) -> list[FixedSize]:
     """The plan of every rank."""
     found = []
     for rank in range(world):
@@ -46,7 +46,7 @@ def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 
     return found
 
 
-def rows_of(plan: Plan, step: int) -> list[int]:
+def rows_of(plan: FixedSize, step: int) -> list[int]:
     """The rows of one batch without fill-up rows."""
     return expand(plan.ranges(step))[: plan.size(step)[1]].tolist()
 

@@ -20,18 +20,18 @@ KERNELS = Path(gpuload.kernels.__file__)
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
 errors
-order order.philox order.permutation
+order order.philox order.permutation order.orders order.cut order.joined order.ranks order.state
 images images.transform
 tables tables.malloc tables.projection tables.lance
-order.samplers
+order.samplers order.choose
 fields fields.columns
 kernels
 images.decode images.decode.header images.decode.host images.decode.region images.decode.cpu images.decode.encoded
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali
 images.resize fields.text batch
 clock stages
-device order.state fields.schema order.ranks
-pipeline order.foreign order.epochs dataset
+device fields.schema
+pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
 tools tools.trace tools.describe tools.folder tools.ingest tools.sheet tools.demo tools.bench tools.cli
