@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,7 +95,10 @@ class Batches(Iterator[Any]):
             self._leave(ended=False)
 
     def __del__(self) -> None:
-        self.close()
+        if threading.current_thread().name.startswith("gpuload-"):  # a cycle may be collected in any thread,
+            threading.Thread(target=self.close, name="gpuload-close").start()  # and none can wait for its own end
+        else:
+            self.close()
 
     def _leave(self, ended: bool) -> None:
         if not self._left:
