@@ -65,6 +65,7 @@ class Batches(Iterator[Any]):
         try:
             if self._running is None:
                 self._steps, self._running = self._start(self._place)
+                _running.add(self._running)
             made: Any = next(self._running, _END)
         except BaseException:
             self.close()
@@ -92,6 +93,7 @@ class Batches(Iterator[Any]):
             if running is not None:
                 running.close()  # type: ignore[attr-defined]  # a generator
         finally:
+            _running.discard(running)
             self._leave(ended=False)
 
     def __del__(self) -> None:
@@ -107,3 +109,4 @@ class Batches(Iterator[Any]):
 
 
 _END = object()
+_running: set[Any] = set()  # held here, so that the garbage collector closes none of them in the thread it runs in
