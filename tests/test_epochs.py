@@ -88,18 +88,21 @@ def test_an_epoch_that_was_left_early_starts_again(rows: Any) -> None:
     assert real_ids(dataset) == real_ids(shuffled(rows, 0))
 
 
+@pytest.mark.parametrize("by", ["dataset", "given sampler", "dataset.sampler"])
 @pytest.mark.parametrize("when", ["before", "within", "after"])
-def test_set_epoch_decides_where_it_is_called(rows: Any, when: str) -> None:
-    dataset = shuffled(rows)
+def test_set_epoch_decides_where_it_is_called(rows: Any, when: str, by: str) -> None:
+    sampler = ShuffleSampler()
+    dataset = LanceDataset(rows, 16, columns=["id"], sampler=sampler)
+    told = {"dataset": dataset, "given sampler": sampler, "dataset.sampler": dataset.sampler}[by]
     for _ in range(2):
         if when == "before":
-            dataset.set_epoch(0)
+            told.set_epoch(0)
         for batch in dataset:
             if when == "within" and batch.step == 5:
-                dataset.set_epoch(0)
+                told.set_epoch(0)
             assert batch.epoch == 0
         if when == "after":
-            dataset.set_epoch(0)
+            told.set_epoch(0)
     assert place(dataset) == ((0, 13) if when == "before" else (0, 0))
 
 

@@ -45,9 +45,9 @@ class Epochs:
 
     def now(self) -> int:
         """The epoch of the next iteration."""
-        heard = told(self._given)
-        if heard is not None and heard != self._told:
-            return heard[-1]
+        heard = self._heard()
+        if heard is not None:
+            return heard
         if self._here is not None and int(self._times) == self._seen:
             return self._here
         return int(self._epoch)
@@ -102,7 +102,7 @@ class Epochs:
         worker = get_worker_info()
         epoch, kept = self.now(), not self._changed()
         place = self._loaded if kept and self._loaded is not None and self._loaded.epoch == epoch else Position(epoch)
-        if worker and worker.id == 0 and random and not place.step and int(self._read) == epoch + 1:
+        if worker and worker.id == 0 and random and int(self._read) == epoch + 1:
             warnings.warn(_AGAIN.format(epoch), stacklevel=4)
         self._told, self._loaded, self._seen = told(self._given), None, int(self._times)
         self._after = self._after if kept else 0
@@ -117,8 +117,8 @@ class Epochs:
             self._last, self._ended = place, ended
         if ended and worker is not None and worker.id == 0:
             self._read.fill_(place.epoch + 1)
-        on_its_own = self._loaded is None and self.times == times and self.now() == place.epoch
-        if ended and worker is None and on_its_own:
+        chosen = self._loaded is not None or self._heard() is not None or self.times != times
+        if ended and worker is None and not chosen and self.now() == place.epoch:
             self._write(max(place.epoch + 1, self._after))
             self._here, self._after, self._seen = None, 0, self.times
             follow(self._given, int(self._epoch))
@@ -136,8 +136,12 @@ class Epochs:
 
     def _changed(self) -> bool:
         """Whether another epoch was set, here or in the parent, or the given sampler was told one."""
+        return self.times != self._seen or self._heard() is not None
+
+    def _heard(self) -> int | None:
+        """The epoch that the given sampler was told since it was last looked at."""
         heard = told(self._given)
-        return self.times != self._seen or (heard is not None and heard != self._told)
+        return None if heard is None or heard == self._told else heard[-1]
 
 
 _AGAIN = (
