@@ -66,8 +66,8 @@ class LanceSource(Feed):
         knows, larger than `max_pixels` or without an end; ``"mask"`` feeds a small black image instead, ``"skip"``
         leaves out a batch in which nothing is left (`DALILanceIterator` keeps it, empty, in its place).
 
-    An epoch ends with StopIteration, and the next call begins another: in the same order, unless `set_epoch` was
-    called. DALI runs ahead of its consumer, so call `set_epoch` before the pipeline's or iterator's `reset`.
+    An epoch ends with StopIteration, and the next call begins the next one, unless `set_epoch` was called. DALI runs
+    ahead of its consumer, so call `set_epoch` before the pipeline's or iterator's `reset`.
 
     Raises
     ------
@@ -248,8 +248,9 @@ class DALILanceIterator:
         self._source.set_epoch(epoch)
 
     def reset(self) -> None:
-        """Begin the epoch again, at its end or within it; what the pipeline holds is thrown away."""
+        """Begin the next epoch at the end of one, the same again within it. What the pipeline holds is thrown away."""
         if self._started:
+            self._source.rewind()
             self._source.stop()
             self._pipeline.schedule_run()
             while not self._pipeline.empty():
