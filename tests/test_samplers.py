@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from gpuload import (
     ShardedFragmentSampler,
     ShuffleSampler,
 )
-from gpuload.order import coalesce, expand
+from gpuload.order import Rows, coalesce, expand
 from gpuload.order.cut import FixedSize
+from gpuload.order.orders import InTurn
+from gpuload.order.samplers import PlanSampler
 
 KINDS = st.sampled_from(sorted(SHARDED))
 FRAGMENTS = st.lists(st.integers(0, 40), max_size=8)  # empty ones, none at all
@@ -422,6 +425,85 @@ def test_the_global_generators_are_left_alone(uneven: Any, kind: str) -> None:
     list(EVERY[kind](0, 1, 3)(uneven, batch_size=16, columns=["id"]))
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     assert before == after
+
+
+# -- an order and a cut of one's own -------------------------------------------------------------------------------
+
+
+class Backward(PlanSampler):
+    """An order: the last row first."""
+
+    def order(self, rows: int, fragments: Any, batch_size: int) -> Any:
+        return LastFirst(rows)
+
+
+@dataclass(frozen=True)
+class LastFirst:
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __call__(self, lo: int, hi: int) -> Any:
+        return coalesce(self.rows - 1 - np.arange(lo, hi))
+
+
+class ThreeAndFive(PlanSampler):
+    """A cut: batches of 3 and 5 rows in turn, the last ones left out."""
+
+    def cut(self, table: Any, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Any:
+        return Alternating(InTurn(table.rows), start)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    order: Any
+    start: int
+
+    def __len__(self) -> int:
+        steps = (len(self.order) - self.start) // 8 * 2
+        return steps if self.start % 8 == 0 else steps + 1
+
+    def __call__(self, step: int) -> Rows:
+        lo, hi = self.used(step), self.used(step + 1)
+        return Rows(step, None, expand(self.order(lo, hi)), hi - lo)
+
+    def used(self, steps: int) -> int:
+        done = self.start // 8 * 2 + (self.start % 8 > 0) + steps
+        return done // 2 * 8 + done % 2 * 3
+
+
+def test_an_order_of_ones_own_has_ranks_states_and_exact_batches(uneven: Any) -> None:
+    expected = ids_of(uneven)[::-1]
+    seen = []
+    for rank in range(2):
+        dataset = LanceDataset(uneven, 16, columns=["id"], sampler=Backward(rank, 2))
+        batches = list(dataset)
+        assert [batch.size for batch in batches] == [16, 16, 16, 7]
+        seen += real_ids(batches)
+        other = LanceDataset(uneven, 16, columns=["id"], sampler=Backward(rank, 2))
+        other.load_state_dict({**dataset.state_dict(), "step": 3, "taken": 3})
+        assert real_ids(other) == real_ids(batches[3:])
+    assert sorted(seen, reverse=True) == expected
+    assert real_ids(LanceDataset(uneven, 16, columns=["id"], sampler=Backward())) == expected
+
+
+def test_a_cut_of_ones_own_has_states_and_an_end(uneven: Any) -> None:
+    def fresh() -> LanceDataset:
+        return LanceDataset(uneven, 16, columns=["id"], sampler=ThreeAndFive())
+
+    dataset = fresh()
+    batches = list(dataset)
+    assert [batch.size for batch in batches] == [3, 5] * 12
+    assert real_ids(batches) == ids_of(uneven)[:96]
+    assert {batch.epoch for batch in dataset} == {1}
+    found, dataset = [], fresh()
+    for steps in (3, 4, 17):
+        for _, batch in zip(range(steps), dataset, strict=False):
+            found.append(batch)
+        state, dataset = dataset.state_dict(), fresh()
+        dataset.load_state_dict(state)
+    assert [(batch.step, real_ids([batch])) for batch in found] == [(i, real_ids([b])) for i, b in enumerate(batches)]
 
 
 # -- in Lance's own loader -----------------------------------------------------------------------------------------

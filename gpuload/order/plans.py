@@ -34,7 +34,7 @@ def planner(sampler: Any, what: str) -> PlanSampler:
 def cut(sampler: PlanSampler, table: Source, options: Options, place: Position) -> Cut:
     """This rank's batches from where the run that `place` belongs to began."""
     sampler.set_epoch(place.epoch)
-    return sampler.plan(table.rows, table.fragments, options.batch_size, drop_last=options.drop_last, start=place.start)
+    return sampler.cut(table, options.batch_size, drop_last=options.drop_last, start=place.start)
 
 
 def reads(sampler: Any, table: Source, options: Options, place: Position) -> tuple[int | None, Iterator[Read]]:
@@ -45,13 +45,13 @@ def reads(sampler: Any, table: Source, options: Options, place: Position) -> tup
     if not isinstance(sampler, PlanSampler):
         found = foreign_reads(sampler, table, options.batch_size, options.batch_readahead, options.filter)
         return None, itertools.islice(found, first, None, every)
-    plan = cut(sampler, table, options, place)
-    mine = (step for step in range(place.taken, len(plan)) if step % every == first)
-    return len(plan), (_read(plan, step, table, place) for step in mine)
+    steps = cut(sampler, table, options, place)
+    mine = (step for step in range(place.taken, len(steps)) if step % every == first)
+    return len(steps), (_read(steps, step, table, place) for step in mine)
 
 
-def _read(plan: Cut, step: int, table: Source, place: Position) -> Read:
-    rows = plan(step)
+def _read(steps: Cut, step: int, table: Source, place: Position) -> Read:
+    rows = steps(step)
     ranges = coalesce(rows.row)
     return Read(place.before + step, table.positions(ranges), rows.real, functools.partial(table.read, ranges))
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError, expect_int
-from gpuload.order import Order, Ranges, coalesce
+from gpuload.order import Cut, Order, Ranges, coalesce
 from gpuload.order.cut import FixedSize
 from gpuload.order.joined import joined
 from gpuload.order.orders import Blocks, Fragments, InTurn, ShuffledBatches
@@ -95,6 +95,10 @@ class PlanSampler(LanceSampler):
         order = self.order(rows, fragments, max(1, batch_size))  # the cut refuses a batch of none
         return FixedSize(order, batch_size, *self._ranks.resolve(), drop_last, start)
 
+    def cut(self, table: Source, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
+        """One rank's epoch over `table`: what reads a column first, or cuts otherwise, overrides this."""
+        return self.plan(table.rows, table.fragments, batch_size, drop_last=drop_last, start=start)
+
     def ranges(self, step: int, *, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Ranges:
         """The rows of one batch, without a plan at hand: i64[N, 2]."""
         return self.plan(rows, fragments, batch_size).ranges(step)
@@ -112,9 +116,9 @@ class PlanSampler(LanceSampler):
     ) -> Generator[pa.RecordBatch, None, None]:
         """Lance's protocol: the rows of this rank as RecordBatches of `batch_size`, without fill-up rows."""
         source = Source(ds, columns, filter, with_row_id=bool(with_row_id))
-        plan = self.plan(source.rows, source.fragments, batch_size)
-        for step in range(len(plan)):
-            rows = plan(step)
+        cut = self.cut(source, batch_size)
+        for step in range(len(cut)):
+            rows = cut(step)
             if rows.real:
                 yield joined(source.read(coalesce(rows.row[: rows.real])))
 
