@@ -66,8 +66,8 @@ class LanceSource(Feed):
         knows, larger than `max_pixels` or without an end; ``"mask"`` feeds a small black image instead, ``"skip"``
         leaves out a batch in which nothing is left (`DALILanceIterator` keeps it, empty, in its place).
 
-    An epoch ends with StopIteration, and the next call begins another: in the same order, unless `set_epoch` was
-    called. DALI runs ahead of its consumer, so call `set_epoch` before the pipeline's or iterator's `reset`.
+    An epoch ends with StopIteration, and the next call begins the next one, unless `set_epoch` was called. DALI runs
+    ahead of its consumer, so call `set_epoch` before the pipeline's or iterator's `reset`.
 
     Raises
     ------
@@ -116,7 +116,7 @@ class LanceSource(Feed):
         if self._running is not None:
             raise ConfigError(f"Expected last_batch_policy before the epoch, got {policy} within it.")
         self._policy, self._fill = _policy(policy), _policy(policy) is LastBatchPolicy.FILL
-        self._dataset.drop_last = self._policy is LastBatchPolicy.DROP
+        self._dataset.keep_last(self._policy is not LastBatchPolicy.DROP)
 
     def __repr__(self) -> str:
         return f"LanceSource({self._dataset!r}, outputs={self.outputs}, last_batch_policy={self._policy.name})"
@@ -248,8 +248,9 @@ class DALILanceIterator:
         self._source.set_epoch(epoch)
 
     def reset(self) -> None:
-        """Begin the epoch again, at its end or within it; what the pipeline holds is thrown away."""
+        """Begin the next epoch at the end of one, the same again within it. What the pipeline holds is thrown away."""
         if self._started:
+            self._source.rewind()
             self._source.stop()
             self._pipeline.schedule_run()
             while not self._pipeline.empty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -20,22 +22,26 @@ from torch.utils.data import IterableDataset
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
-from gpuload.errors import ConfigError, expect_counts
+from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import fields, resolve
 from gpuload.fields.text import Text
 from gpuload.images import Decoder, resize
-from gpuload.images.decode.choose import calls_at_once, check_decoder, make_decoder, takes_batches
+from gpuload.images.decode.choose import calls_at_once, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
 from gpuload.images.transform import Image
-from gpuload.order import state
+from gpuload.iteration import Batches
+from gpuload.options import NOT_GIVEN, Options
+from gpuload.order import plans
+from gpuload.order.choose import telling
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
-from gpuload.order.ranks import Ranks
-from gpuload.pipeline import ON_ERROR, Pipeline, read_threads
+from gpuload.order.ranks import check_wrappers
+from gpuload.order.state import Position
+from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.lance import Source, check_fork, lance_running
 
-_DEFAULT: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class LanceDataset(IterableDataset[Batch]):
@@ -63,7 +69,7 @@ class LanceDataset(IterableDataset[Batch]):
     rank, world_size : int, optional
         This process among all. By default from torch.distributed, else from torchrun's environment.
     shard_granularity : {"fragment", "batch"}, optional
-        What ranks divide without a `sampler`: batches (the default, always equal) or whole fragments.
+        What ranks divide: batches (the default, always equal) or whole fragments.
     batch_readahead : int
         Batches under way at most, from the beginning of their reading until the loop takes them.
     readahead_bytes : int
@@ -71,22 +77,24 @@ class LanceDataset(IterableDataset[Batch]):
     to_tensor_fn : callable or None, optional
         Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
     sampler : lance.sampler.Sampler, optional
-        One of gpuload's or Lance's, or your own.
+        One of gpuload's or Lance's, or your own; instead of `shuffle`, `shard_granularity`, `rank` and `world_size`.
+        One without rank and world size takes those of the process.
     auto_detect_rank : bool
     dataset_options : dict, optional
         Keywords of ``lance.dataset``: version, storage_options, ...
     transforms : dict of str to Image or Text, optional
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
-    decoder : {"auto", "cpu", "nvimgcodec", "dali"}
+    decoder : {"auto", "cpu", "nvimgcodec", "dali"} or Decoder
         ``"auto"`` is nvImageCodec on CUDA, simplejpeg and Pillow on the CPU. ``"cpu"`` decodes on the host for either.
-        ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels.
+        ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
+        own with the members of `gpuload.Decoder`.
     on_error : {"raise", "skip", "mask"}
         A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
     drop_last : bool
         Leave out the rows that do not fill a batch on every rank.
     shuffle : bool or {"row", "block", "batch"}
-        True is "row". Change the order with `set_epoch`, as with torch's DistributedSampler.
+        True is "row". Each epoch has an order of its own; `set_epoch` says which epoch comes next.
     seed : int
         Of the order, the sample, the crops and the flips.
     num_threads : int, optional
@@ -117,12 +125,12 @@ class LanceDataset(IterableDataset[Batch]):
         world_size: int | None = None,
         shard_granularity: Literal["fragment", "batch"] | None = None,
         batch_readahead: int = 6,
-        to_tensor_fn: Callable[..., Any] | None = _DEFAULT,
+        to_tensor_fn: Callable[..., Any] | None = NOT_GIVEN,
         sampler: Any = None,
         auto_detect_rank: bool = True,
         transforms: Mapping[str, Image | Text] | None = None,
         device: str | torch.device = "auto",
-        decoder: str = "auto",
+        decoder: str | Decoder = "auto",
         on_error: Literal["raise", "skip", "mask"] = "raise",
         drop_last: bool = False,
         shuffle: bool | Literal["row", "block", "batch"] = False,
@@ -132,57 +140,65 @@ class LanceDataset(IterableDataset[Batch]):
         readahead_bytes: int = 1 << 30,
     ) -> None:
         super().__init__()
-        expect_counts(batch_size=batch_size, batch_readahead=batch_readahead, max_pixels=max_pixels)
-        expect_counts(readahead_bytes=readahead_bytes, num_threads=1 if num_threads is None else num_threads)
-        expect_counts(least=0, samples=samples or 0)
-        if on_error not in ON_ERROR:
-            raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {on_error!r}.")
-        if not isinstance(transforms or {}, Mapping):
-            raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {transforms!r}.")
-        if to_tensor_fn not in (_DEFAULT, None) and not callable(to_tensor_fn):
-            raise ConfigError(f"Expected to_tensor_fn as a function or None, got {to_tensor_fn!r}.")
-        if device != "auto":
-            choose_device(device)
-        check_decoder(decoder)
-        self.batch_size, self.batch_readahead, self.on_error = batch_size, batch_readahead, on_error
-        self.drop_last, self.seed, self.max_pixels, self.num_threads = drop_last, seed, max_pixels, num_threads
-        self.readahead_bytes = readahead_bytes
-        self.transforms = dict(transforms or {})
-        self._dataset, self._cache = dataset, cache
-        self._projection: dict[str, Any] = {
-            "columns": columns,
-            "filter": filter,
-            "samples": samples or 0,
-            "seed": seed,
-            "with_row_id": with_row_id,
-            "with_row_address": with_row_address,
-            "options": dataset_options,
-        }
-        self._to_tensor_fn = to_tensor_fn
-        self._epochs = Epochs(
-            sampler, shuffle, shard_granularity, Ranks(rank, world_size, auto_detect_rank),
-            seed=seed, batch_size=batch_size, projection=self._projection,
-        )  # fmt: skip
-        self._device, self._decoder_name = device, decoder
+        if args:
+            names = [name for name, word in inspect.signature(LanceDataset).parameters.items() if word.kind is _KEYWORD]
+            raise ConfigError(
+                f"Expected keywords after batch_size, got {', '.join(map(repr, args))} by position. "
+                f"Name it: {', '.join(f'{name}=' for name in names)}."
+            )
+        self._options = Options(
+            dataset=dataset,
+            batch_size=batch_size,
+            dataset_options=dataset_options,
+            columns=columns,
+            filter=filter,
+            samples=samples or 0,
+            cache=cache,
+            with_row_id=with_row_id,
+            with_row_address=with_row_address,
+            rank=rank,
+            world_size=world_size,
+            shard_granularity=shard_granularity,
+            batch_readahead=batch_readahead,
+            to_tensor_fn=to_tensor_fn,
+            sampler=sampler,
+            auto_detect_rank=auto_detect_rank,
+            transforms=transforms or {},
+            device=device,
+            decoder=decoder,
+            on_error=on_error,
+            drop_last=drop_last,
+            shuffle=shuffle,
+            seed=seed,
+            num_threads=num_threads,
+            max_pixels=max_pixels,
+            readahead_bytes=readahead_bytes,
+        )
+        self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
         self._source: Source | None = None
         self._decoder: Decoder | None = None
+        self._begun: list[weakref.ref[Batches]] = []
+        self._images: dict[str, int] = {}  # decoded by decoders that were closed
         self._reset()
         if lance_running() or not isinstance(dataset, (str, Path)):
             self._open()
         elif "://" not in str(dataset) and not os.path.exists(dataset):
             raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got no such folder.")
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Batches:
         """This rank's batches of the current epoch, from the start or from where a loaded state says."""
         check_fork()
-        running = self._run(self._epochs.begin())
-        self._running.add(running)
+        sampler = self._sampler()
+        check_wrappers(getattr(sampler, "world_size", 1))
+        running = Batches(self._epochs, getattr(sampler, "randomize", False), self._start, self._save)
+        self._begun = [reference for reference in self._begun if reference() is not None] + [weakref.ref(running)]
         _in_use.add(self)
         return running
 
     def __len__(self) -> int:
         """Batches of this rank's epoch, the same on every rank."""
-        return len(self._epochs.plan(self._open(), self.drop_last))
+        found = plans.planner(self._sampler(), "len()")
+        return len(plans.cut(found, self._open(), self._options, Position(self._epochs.now())))
 
     def __repr__(self) -> str:
         source = self._open()
@@ -207,19 +223,71 @@ class LanceDataset(IterableDataset[Batch]):
     @property
     def device(self) -> torch.device:
         """Where the batches are."""
-        return choose_device(self._device)
+        return choose_device(self._options.device)
 
     @property
     def sampler(self) -> Any:
-        """The sampler in use, with the rank and world size of now."""
-        return self._epochs.sampler
+        """The sampler in use, with the rank and world size of now; a copy, whose `set_epoch` is the dataset's."""
+        return telling(self._sampler(), self._epochs.now(), self.set_epoch)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of every batch but the last."""
+        return self._options.batch_size
+
+    @property
+    def batch_readahead(self) -> int:
+        """Batches prepared ahead."""
+        return self._options.batch_readahead
+
+    @property
+    def readahead_bytes(self) -> int:
+        """Bytes that these may take."""
+        return self._options.readahead_bytes
+
+    @property
+    def transforms(self) -> Mapping[str, Image | Text]:
+        """Column → what it becomes, as it was asked for."""
+        return MappingProxyType(self._options.transforms)
+
+    @property
+    def on_error(self) -> str:
+        """What a row that cannot be decoded does."""
+        return self._options.on_error
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether rows that do not fill a batch on every rank are left out."""
+        return self._options.drop_last
+
+    @property
+    def seed(self) -> int:
+        """Of the order, the sample, the crops and the flips."""
+        return self._options.seed
+
+    @property
+    def num_threads(self) -> int | None:
+        """Threads that decode, as asked for."""
+        return self._options.num_threads
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest image."""
+        return self._options.max_pixels
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration yields: other order, crops and flips. Keeps a place loaded in it."""
+        """The epoch that the next iteration yields: other order, crops and flips. Keeps a place loaded in it.
+
+        Without it an epoch that ran to its end is followed by the next one; one that was left early starts again.
+        """
+        expect_int(epoch=epoch)
         self._epochs.set(int(epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch that the loop took: a few scalars, ready for JSON.
+
+        It is the place of the iterator begun last among those in use; without one, the loaded place or where the last
+        iteration ended. Each iterator has a `state_dict` of its own.
 
         Raises
         ------
@@ -228,46 +296,55 @@ class LanceDataset(IterableDataset[Batch]):
         TypeError
             The sampler is a foreign one.
         """
-        return self._epochs.save(self._open())
+        running = next((batches for batches in reversed(self._iterators()) if batches.alive), None)
+        if running is not None:
+            return running.state_dict()
+        place = self._epochs.place()
+        if place is None:
+            raise StateError(
+                "Expected state_dict() where the batches are read, got it beside DataLoader workers, of whose batches "
+                "nobody here knows how many were taken. Use num_workers=0, or torchdata's StatefulDataLoader."
+            )
+        return self._save(place)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue with the batch after the saved one, at the next iteration.
+        """Continue with the batch after the saved one, at the next iteration; after the last, with the next epoch.
 
         Raises
         ------
         StateError
-            It belongs to other rows or another order: names the field and both values.
+            It is no state, or belongs to other rows or another order: names the field and both values.
         """
-        self._epochs.load(saved, self._open())
+        self._epochs.load(*plans.restore(self._sampler(), self._open(), self._options, saved))
 
     def stats(self) -> dict[str, Any]:
         """Counts since this object was made: batches, rows, bad rows, images by decoder; figures by stage, and the
         stage that limits the rate, in words."""
         stages = {name: clock.read() for name, clock in self._clocks.items()}
         counted = ("batches", "rows", "rows_skipped", "rows_masked", "nulls", "bytes_read")
+        decoder = self._decode_with()
         return {
             "device": describe(self.device),
-            "decoder": self._decode_with().name,
+            "decoder": decoder.name,
             "resize": resize.implementation(self.device),
             **{name: self._counts[name] for name in counted},
-            "images": self._images(),
+            "images": self._decoded(decoder),
             "stages": stages,
             "bottleneck": bottleneck(stages),
         }
 
-    def _images(self) -> dict[str, int]:
+    def _decoded(self, decoder: Decoder) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could, since this object was made."""
-        found = Counter(self._decoded)
-        found.update(self._decode_with().counts())
-        return {**found, "failed": found["failed"] + self._counts["images_failed"]}
+        found = _added(self._images, decoder.counts())
+        return {**found, "failed": found.get("failed", 0) + self._counts["images_refused"]}
 
     def close(self) -> None:
         """End what still runs and free the decoder. The dataset can be used again."""
-        for running in list(self._running):
+        for running in self._iterators():
             running.close()
         if self._decoder is not None:
-            self._decoded.update(self._decoder.counts())
             self._decoder.close()
+            self._images = _added(self._images, self._decoder.counts())
             self._decoder = None
 
     def __enter__(self) -> LanceDataset:
@@ -279,7 +356,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
-        left = ("_columns", "_decoder", "_running", "_clocks", "_counts")
+        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -288,57 +365,57 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _reset(self) -> None:
         self._columns: list[Column] = []
-        self._decoder = None
-        self._running: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._decoder, self._begun, self._images = None, [], {}
         self._counts: Counter[str] = Counter()
-        self._decoded: Counter[str] = Counter()  # by decoders that were closed
         self._clocks: dict[str, Clock] = clocks(read_threads(threads_here()), self.num_threads or threads_here())
+
+    def _iterators(self) -> list[Batches]:
+        """Those that somebody still holds, in the order in which they were begun."""
+        return [running for running in (reference() for reference in self._begun) if running is not None]
+
+    def _sampler(self) -> Any:
+        return self._options.choose_sampler(self._ranks)
 
     def _open(self) -> Source:
         """The source, opened and its columns resolved on first use."""
         check_fork()
+        options = self._options
         if self._source is None:
-            self._source = Source(self._dataset, **self._projection)
-            if not self._source.rows and self._projection["filter"] is not None:
-                warnings.warn(f"No row matches filter={self._projection['filter']!r}.", stacklevel=3)
+            self._source = Source(options.dataset, **options.table())
+            if not self._source.rows and options.filter is not None:
+                warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
         if not self._columns:
-            self._columns = resolve(self._source.schema, self.transforms, self._source.first_value, self._formats)
+            self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
         return self._source
 
-    def _run(self, position: state.Position) -> Iterator[Any]:
-        source = self._open()
+    def _save(self, place: Position) -> dict[str, Any]:
+        return plans.save(self._sampler(), self._open(), self._options, place)
+
+    def _start(self, place: Position) -> tuple[int | None, Iterator[Any]]:
+        """The steps of an epoch from where the run that `place` belongs to began, and its batches from there on."""
+        options, source = self._options, self._open()
         self._fill_cache()
-        reads = self._epochs.reads(source, self.drop_last, position, self.batch_readahead)
-        if self._to_tensor_fn is _DEFAULT:
-            streams, clocks = Streams(self.device), self._clocks
-            parts = Parts(
-                self._decode_with(), streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin
-            )
-            order = [name for column in self._columns for name in (column.name, *column.more)]
-            pipeline = Pipeline(
-                fields(self._columns, parts), order, streams, seed=self.seed, epoch=position.epoch,
-                on_error=self.on_error, whole=takes_batches(parts.decoder), ahead=self.batch_readahead,
-                ahead_bytes=self.readahead_bytes, counts=self._counts, clocks=clocks,
-            )  # fmt: skip
-            running: Any = pipeline.run(reads)
-        else:
-            bounds = (self.batch_readahead, self.readahead_bytes)
-            running = raw_batches(reads, self._to_tensor_fn, source.hf_converter(), *bounds, self._clocks["read"])
-        try:
-            for made in running:
-                step, batch = (made.step, made) if isinstance(made, Batch) else made
-                del made
-                position.taken = step + 1 - position.before
-                yield batch
-                del batch
-        finally:
-            running.close()
+        steps, reads = plans.reads(self._sampler(), source, options, place)
+        if options.to_tensor_fn is not NOT_GIVEN:
+            bounds = (options.batch_readahead, options.readahead_bytes)
+            converter = source.hf_converter()
+            return steps, raw_batches(reads, options.to_tensor_fn, converter, *bounds, self._clocks["read"])
+        streams, clocks, decoder = Streams(self.device), self._clocks, self._decode_with()
+        parts = Parts(decoder, streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin)
+        order = [name for column in self._columns for name in (column.name, *column.more)]
+        pipeline = Pipeline(
+            fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
+            whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
+            counts=self._counts, clocks=clocks,
+        )  # fmt: skip
+        return steps, pipeline.run(reads)
 
     def _decode_with(self) -> Decoder:
         if self._decoder is None:
             self._open()
             images = any(column.decodes for column in self._columns)
-            wish = self._decoder_name if images or self._decoder_name != "auto" else "cpu"  # nothing to decode
+            wish = self._options.decoder
+            wish = "cpu" if wish == "auto" and not images else wish  # nothing to decode
             device, threads = self.device, self.num_threads or threads_here()
             self._decoder = make_decoder(wish, device, self.max_pixels, threads)
             for name in ("decode", "resize"):
@@ -347,12 +424,17 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _fill_cache(self) -> None:
         """Copy the rows to local storage once, before the first batch, so that an early end leaves it whole."""
-        if not self._cache or self._open().cached:
+        cache = self._options.cache
+        if not cache or self._open().cached:
             return
-        where = None if self._cache is True else str(self._cache)
+        where = None if cache is True else str(cache)
         folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
         Finalize(self, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # in a worker too
         self._open().use_cache(folder)
+
+
+def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
 _in_use: weakref.WeakSet[LanceDataset] = weakref.WeakSet()

@@ -12,6 +12,8 @@ GpuloadError
 
 from __future__ import annotations
 
+from numbers import Integral
+
 
 class GpuloadError(Exception):
     """Base of every error this package raises on purpose."""
@@ -81,6 +83,13 @@ def expect_counts(least: int = 1, **counts: object) -> None:
     for name, value in counts.items():
         if type(value) is not int or value < least:
             raise ConfigError(f"Expected {name} as an int of at least {least}, got {value!r}.")
+
+
+def expect_int(**numbers: object) -> None:
+    """Raise `ConfigError` for the first keyword that is not an int, of Python's or NumPy's."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ConfigError(f"Expected {name} as an int, got {value!r}.")
 
 
 def install(extra: str) -> str:

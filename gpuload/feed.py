@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from gpuload.fields.numbers import to_tensor
 from gpuload.images import Encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.transform import Image
+from gpuload.iteration import Batches
 
 
 class Undecoded(LanceDataset):
@@ -36,6 +38,10 @@ class Undecoded(LanceDataset):
                 raise ConfigError(f"Expected only Text in transforms, got Image for {name!r}: DALI decodes images.")
         self._formats = formats
         super().__init__(uri, batch_size, device="cpu", **options)
+
+    def keep_last(self, keep: bool) -> None:
+        """Whether rows that do not fill a batch on every rank are read, which DALI decides later than the dataset."""
+        self._options = dataclasses.replace(self._options, drop_last=not keep)
 
     def forms(self) -> dict[str, tuple[torch.dtype, int]]:
         """Name → (dtype, dimensions of a sample) of every column that is an image or a tensor, masks included."""
@@ -80,7 +86,8 @@ class Feed:
 
     def __init__(self, dataset: Undecoded, outputs: list[str], depth: int) -> None:
         self._dataset, self.outputs, self._depth = dataset, outputs, depth
-        self._running: Iterator[Batch] | None = None
+        self._running: Batches | None = None
+        self._told = False  # an epoch, since this one began
         self._held: deque[Batch] = deque()  # handed out and maybe not yet used up
         self._fill = self._stopping = self._deferring = False
         self.error: Exception | None = None
@@ -118,7 +125,13 @@ class Feed:
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that begins with the next call after StopIteration or `reset`."""
+        self._told = True
         self._dataset.set_epoch(epoch)
+
+    def rewind(self) -> None:
+        """Nobody will take what is pending: an epoch that was fed to its end, but not taken, comes again."""
+        if self._held and not self._told and (self._running is None or not self._running.alive):
+            self._dataset.set_epoch(self._held[0].epoch)
 
     def reset(self) -> None:
         """The next call begins the epoch. Batches inside the pipeline are not called back."""
@@ -175,13 +188,13 @@ class Feed:
             self._stopping = False
             raise StopIteration
         if self._running is None:
-            self._running = iter(self._dataset)
-        return next(self._running)
+            self._running, self._told = iter(self._dataset), False
+        batch: Batch = next(self._running)
+        return batch
 
     def _end(self) -> None:
-        close = getattr(self._running, "close", None)
-        if close is not None:
-            close()
+        if self._running is not None:
+            self._running.close()
         self._running = None
 
 

@@ -166,7 +166,7 @@ class Pipeline:
             draft.nulls.update({name: torch.from_numpy(flags) for name, flags in taken.nulls.items()})
             draft.fails += taken.fails
             draft.size += taken.read
-            self._count(images_failed=taken.refused)
+            self._count(images_refused=taken.refused)
             if taken.work is not None:
                 draft.works.append(taken.work)
         self._budget.weigh(draft.size + sum(work.size for work in draft.works))

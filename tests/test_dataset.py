@@ -27,7 +27,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import captions, encode, jpeg, picture
 
-from gpuload import Batch, ConfigError, DeviceError, FullScanSampler, Image, LanceDataset, Text
+from gpuload import (
+    Batch,
+    ConfigError,
+    DeviceError,
+    FullScanSampler,
+    Image,
+    LanceDataset,
+    ShardedBatchSampler,
+    ShuffleSampler,
+    Text,
+)
 from gpuload.tables.lance import Source
 
 Store = Callable[..., str]
@@ -135,6 +145,36 @@ def test_an_iterator_that_is_not_pulled_starts_nothing(dataset: LanceDataset) ->
     assert not gpuload_threads()
 
 
+def test_an_iterator_collected_in_one_of_its_own_threads_ends_them_all(photos: str) -> None:
+    """Python collects a cycle in whichever thread happens to allocate."""
+    dropped, waiting = threading.Event(), threading.Event()
+
+    def collect(texts: list[str]) -> list[bytes]:
+        if not texts[0].startswith(("0 ", "4 ")):  # ahead of what the loop takes
+            waiting.set()
+            dropped.wait(10)
+            gc.collect()
+        return [text.encode() for text in texts]
+
+    dataset = LanceDataset(photos, 4, columns=["prompt"], transforms={"prompt": Text(collect)}, device="cpu")
+    gc.collect()
+    gc.disable()
+    try:
+        cycle: list[Any] = [iter(dataset)]
+        cycle.append(cycle)
+        next(cycle[0])
+        next(cycle[0])
+        assert waiting.wait(10)
+        del cycle
+        dropped.set()
+        end = time.monotonic() + 10
+        while gpuload_threads() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not gpuload_threads()
+    finally:
+        gc.enable()
+
+
 def test_close_ends_what_runs_and_the_dataset_can_be_used_again(dataset: LanceDataset) -> None:
     batches = iter(dataset)
     next(batches)
@@ -177,7 +217,7 @@ STAGES = {
     "resize": "gpuload.images.resize.resize_normalize",
     "regions": "gpuload.images.views.regions",
     "windows": "gpuload.images.views.windows",
-    "plan": "gpuload.order.samplers.Plan.ranges",
+    "plan": "gpuload.order.cut.FixedSize.ranges",
     "positions": "gpuload.tables.lance.Source.positions",
     "finish": "gpuload.pipeline.Pipeline._finish",
     "keep": "gpuload.device.Streams.keep",
@@ -411,6 +451,38 @@ def test_the_stages_are_timed_and_counted(dataset: LanceDataset, photos: str) ->
     assert dataset.stats()["batches"] == 26
 
 
+def test_what_was_counted_is_still_there_after_close(dataset: LanceDataset) -> None:
+    for images in (50, 100):
+        list(dataset)
+        before = dataset.stats()
+        dataset.close()
+        after = dataset.stats()
+        assert after["images"] == before["images"]
+        assert sum(after["images"].values()) == images
+        assert (after["batches"], after["decoder"]) == (before["batches"], before["decoder"])
+
+
+NO_EFFECT = (
+    "batch_size", "batch_readahead", "readahead_bytes", "transforms", "on_error", "drop_last", "seed", "num_threads",
+    "max_pixels",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_what_would_have_no_effect_cannot_be_set(dataset: LanceDataset, name: str) -> None:
+    with pytest.raises(AttributeError):
+        setattr(dataset, name, getattr(dataset, name))
+
+
+def test_a_dict_of_transforms_may_change_afterwards(photos: str) -> None:
+    transforms: dict[str, Any] = {"image": Image(16)}
+    dataset = LanceDataset(photos, 4, transforms=transforms, device="cpu")
+    transforms["image"] = Image(8)
+    assert dataset.transforms == {"image": Image(16)}
+    with pytest.raises(TypeError):
+        dataset.transforms["image"] = Image(8)  # type: ignore[index]
+
+
 # -- what it says of itself ----------------------------------------------------------------------------------------
 
 
@@ -485,6 +557,37 @@ def test_an_exception_of_a_to_tensor_fn_ends_the_threads(photos: str) -> None:
     assert not gpuload_threads()
 
 
+class Huge(lance.sampler.Sampler):
+    """Nine rows of 256 MiB each, all of them the same bytes."""
+
+    def __init__(self, column: str, value: pa.Buffer) -> None:
+        self.column, self.value = column, value
+
+    def __call__(self, ds: Any, *args: Any, **kwargs: Any) -> Iterator[pa.RecordBatch]:
+        offsets = pa.array([0, self.value.size], pa.int32()).buffers()[1]
+        row = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, self.value])
+        yield from [pa.record_batch({self.column: row})] * 9
+
+
+def test_a_record_batch_above_two_gigabytes_is_refused_and_loses_no_row(store: Store) -> None:
+    sampler = Huge("data", pa.py_buffer(bytes(256 << 20)))
+    options: dict[str, Any] = {"columns": ["data"], "to_tensor_fn": None, "sampler": sampler}
+    path = store({"data": pa.array([b"x"] * 9, pa.binary())})
+    with pytest.raises(ConfigError, match=r"2 GiB .* got 2,415,919,104 bytes in column `data` .*smaller batch_size"):
+        list(LanceDataset(path, 9, **options))
+    assert [len(batch) for batch in LanceDataset(path, 1, **options)] == [1] * 9
+
+
+def test_a_sampler_in_lances_loader_refuses_a_record_batch_above_two_gigabytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(Huge("data", pa.py_buffer(bytes(256 << 20)))(None))
+    path = store({"data": pa.array([b"x"] * 9, pa.binary())})
+    monkeypatch.setattr(Source, "read", lambda self, ranges: pa.Table.from_batches(rows))
+    with pytest.raises(ConfigError, match=r"2 GiB .* smaller batch_size"):
+        list(ShardedBatchSampler()(path, batch_size=9))
+
+
 # -- words that are checked ----------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -515,6 +618,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "sampler": ({"sampler": "shuffle"}, "sampler as a gpuload or lance.sampler.Sampler, got str"),
     "shuffle": ({"shuffle": "rows"}, 'shuffle=False, True, "row", "block" or "batch", got \'rows\''),
     "shuffle_and_sampler": ({"shuffle": True, "sampler": FullScanSampler()}, "shuffle or sampler, got both"),
+    "rank_and_sampler": (
+        {"rank": 0, "world_size": 2, "sampler": ShuffleSampler()},
+        "rank or sampler, got both: rank=0",
+    ),
+    "granularity_and_sampler": (
+        {"shard_granularity": "batch", "sampler": ShuffleSampler()},
+        "shard_granularity or sampler, got both",
+    ),
+    "filter_type": ({"filter": 3}, "filter as an SQL condition, got 3"),
     "shuffle_of_fragments": ({"shuffle": "row", "shard_granularity": "fragment"}, 'shuffle="batch" or False beside'),
     "seed": ({"seed": 1.5}, "seed as an int, got 1.5"),
     "on_error": ({"on_error": "ignore"}, r"on_error as one of \('raise', 'skip', 'mask'\), got 'ignore'"),
@@ -537,6 +649,21 @@ def test_wrong_words_are_refused_when_it_is_made(name: str, photos: str) -> None
 def test_a_wrong_batch_size_is_refused(batch_size: Any, photos: str) -> None:
     with pytest.raises(ConfigError, match=r"batch_size as an int of at least 1, got "):
         LanceDataset(photos, batch_size)
+
+
+@pytest.mark.parametrize("words", [(["image"],), ({"version": 1}, ["image"]), (None,)])
+def test_words_by_position_are_refused_and_the_keywords_named(words: Any, photos: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"keywords after batch_size, got .* by position.*columns=.*filter="
+    ) as caught:
+        LanceDataset(photos, 4, *words)
+    assert all(repr(word) in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("epoch", ["next", None, 1.5])
+def test_a_wrong_epoch_is_refused(epoch: Any, dataset: LanceDataset) -> None:
+    with pytest.raises(ConfigError, match="epoch as an int, got "):
+        dataset.set_epoch(epoch)
 
 
 @pytest.mark.parametrize("where", ["/nowhere/x.lance", Path("/nowhere/x.lance"), "/tmp", 3, None, b"x"])

@@ -202,6 +202,18 @@ def test_lightning_takes_the_dataset_as_its_loader(
     assert all(isinstance(batch, Batch) and batch.valid.all() for batch in module.batches)
 
 
+def test_lightning_has_a_new_order_each_epoch_without_a_word_about_epochs(
+    dataset: LanceDataset, photos: str, tmp_path: Path
+) -> None:
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, dataset)
+    assert module.net.seen == order(photos, 2)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it does: it is resumed
 def test_lightning_saves_the_place_and_resumes_in_the_middle_of_an_epoch(
     dataset: LanceDataset, photos: str, tmp_path: Path

@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed
 from support_samplers import write
 
-from gpuload import ConfigError, LanceDataset, ShardedBatchSampler
+from gpuload import ConfigError, LanceDataset, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,60 @@ def test_a_process_group_that_starts_later_counts(rows: str, monkeypatch: pytest
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert len(dataset) == 7
+
+
+GIVEN: dict[str, Callable[..., Any]] = {
+    "fragment": ShardedFragmentSampler,
+    "batch": ShardedBatchSampler,
+    "shuffle": ShuffleSampler,
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_given_sampler_without_ranks_takes_those_of_the_process(
+    rows: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = LanceDataset(rows, 8, columns=["id"], sampler=GIVEN[kind](seed=1))
+    assert place(rows, sampler=GIVEN[kind](seed=1)) == (0, 1)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        assert (dataset.sampler.rank, dataset.sampler.world_size) == (rank, 3)
+        dataset.set_epoch(0)
+        seen += [i for batch in dataset for i in batch["id"][batch.valid].tolist()]
+    assert sorted(seen) == list(range(203))
+    assert place(rows, sampler=GIVEN[kind](0, 1)) == (0, 1), "explicit ones stay"
+    assert place(rows, sampler=GIVEN[kind](), auto_detect_rank=False) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_sampler_alone_takes_the_ranks_of_the_process(rows: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, explicit = GIVEN[kind](), GIVEN[kind](0, 1)
+    seen: list[int] = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        seen += [i for batch in sampler(rows, batch_size=8, columns=["id"]) for i in batch["id"].to_pylist()]
+        assert sampler.plan(203, np.array([120, 3, 80]), 8).ranges(0).tolist() == (
+            GIVEN[kind](rank, 3).plan(203, np.array([120, 3, 80]), 8).ranges(0).tolist()
+        )
+    assert sorted(seen) == list(range(203))
+    assert sum(len(batch) for batch in explicit(rows, batch_size=8)) == 203
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("half", [{"rank": 1}, {"world_size": 2}])
+def test_half_a_place_of_a_sampler_is_refused(kind: str, half: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="rank and world_size, or neither"):
+        GIVEN[kind](**half)
+
+
+def test_an_environment_that_cannot_be_is_named(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="0 <= rank < world_size, got rank=4, world_size=4"):
+        LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler())
 
 
 @pytest.mark.parametrize("half", [{"rank": 1}, {"world_size": 2}])

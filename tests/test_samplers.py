@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from gpuload import (
     ShardedFragmentSampler,
     ShuffleSampler,
 )
-from gpuload.order.samplers import Plan
-from gpuload.tables.lance import coalesce, expand
+from gpuload.order import Rows, coalesce, expand
+from gpuload.order.cut import FixedSize
+from gpuload.order.orders import InTurn
+from gpuload.order.samplers import PlanSampler
 
 KINDS = st.sampled_from(sorted(SHARDED))
 FRAGMENTS = st.lists(st.integers(0, 40), max_size=8)  # empty ones, none at all
@@ -36,7 +39,7 @@ WORLD = st.integers(1, 12)  # often more ranks than fragments
 EPOCH = st.integers(0, 3)
 
 
-def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 0, **more: Any) -> list[Plan]:
+def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 0, **more: Any) -> list[FixedSize]:
     """The plan of every rank."""
     found = []
     for rank in range(world):
@@ -46,7 +49,7 @@ def plans(kind: str, fragments: list[int], batch: int, world: int, epoch: int = 
     return found
 
 
-def rows_of(plan: Plan, step: int) -> list[int]:
+def rows_of(plan: FixedSize, step: int) -> list[int]:
     """The rows of one batch without fill-up rows."""
     return expand(plan.ranges(step))[: plan.size(step)[1]].tolist()
 
@@ -287,8 +290,9 @@ def test_ranks_read_each_row_once_from_disk(
         options = {"columns": ["id"], "filter": filter, "sampler": sampler, "drop_last": drop_last, "device": "cpu"}
         dataset = LanceDataset(uneven, batch, **options, num_threads=1)
         dataset.set_epoch(epoch)
+        steps = len(dataset)
         ranks.append(list(dataset))
-        assert len(ranks[-1]) == len(dataset)
+        assert len(ranks[-1]) == steps
         for step, found in enumerate(ranks[-1]):
             assert (found.epoch, found.step) == (epoch, step)
             assert [where[int(i)] for i in found["id"]] == found.rows.tolist()
@@ -335,8 +339,12 @@ def test_rows_that_were_deleted_are_never_read(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_scan_is_every_row_in_order_on_every_rank(uneven: Any, rank: int) -> None:
-    dataset = LanceDataset(uneven, 30, columns=["id"], sampler=FullScanSampler(), rank=rank, world_size=2)
+def test_a_full_scan_is_every_row_in_order_on_every_rank(
+    uneven: Any, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dataset = LanceDataset(uneven, 30, columns=["id"], sampler=FullScanSampler())
     batches = list(dataset)
     assert [batch.size for batch in batches] == [30, 30, 30, 13]
     assert real_ids(batches) == ids_of(uneven)
@@ -399,9 +407,11 @@ def test_set_epoch_changes_what_is_read(uneven: Any, kind: str, by: str) -> None
 
 def test_set_epoch_works_without_a_sampler(uneven: Any) -> None:
     dataset = LanceDataset(uneven, 16, columns=["id"], shuffle=True)
-    first, again = real_ids(dataset), real_ids(dataset)
+    first, second = real_ids(dataset), real_ids(dataset)
+    dataset.set_epoch(0)
+    assert first == real_ids(dataset) != second
     dataset.set_epoch(1)
-    assert first == again != real_ids(dataset)
+    assert second == real_ids(dataset)
 
 
 @pytest.mark.parametrize("kind", sorted(EVERY))
@@ -415,6 +425,85 @@ def test_the_global_generators_are_left_alone(uneven: Any, kind: str) -> None:
     list(EVERY[kind](0, 1, 3)(uneven, batch_size=16, columns=["id"]))
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     assert before == after
+
+
+# -- an order and a cut of one's own -------------------------------------------------------------------------------
+
+
+class Backward(PlanSampler):
+    """An order: the last row first."""
+
+    def order(self, rows: int, fragments: Any, batch_size: int) -> Any:
+        return LastFirst(rows)
+
+
+@dataclass(frozen=True)
+class LastFirst:
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __call__(self, lo: int, hi: int) -> Any:
+        return coalesce(self.rows - 1 - np.arange(lo, hi))
+
+
+class ThreeAndFive(PlanSampler):
+    """A cut: batches of 3 and 5 rows in turn, the last ones left out."""
+
+    def cut(self, table: Any, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Any:
+        return Alternating(InTurn(table.rows), start)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    order: Any
+    start: int
+
+    def __len__(self) -> int:
+        steps = (len(self.order) - self.start) // 8 * 2
+        return steps if self.start % 8 == 0 else steps + 1
+
+    def __call__(self, step: int) -> Rows:
+        lo, hi = self.used(step), self.used(step + 1)
+        return Rows(step, None, expand(self.order(lo, hi)), hi - lo)
+
+    def used(self, steps: int) -> int:
+        done = self.start // 8 * 2 + (self.start % 8 > 0) + steps
+        return done // 2 * 8 + done % 2 * 3
+
+
+def test_an_order_of_ones_own_has_ranks_states_and_exact_batches(uneven: Any) -> None:
+    expected = ids_of(uneven)[::-1]
+    seen = []
+    for rank in range(2):
+        dataset = LanceDataset(uneven, 16, columns=["id"], sampler=Backward(rank, 2))
+        batches = list(dataset)
+        assert [batch.size for batch in batches] == [16, 16, 16, 7]
+        seen += real_ids(batches)
+        other = LanceDataset(uneven, 16, columns=["id"], sampler=Backward(rank, 2))
+        other.load_state_dict({**dataset.state_dict(), "step": 3, "taken": 3})
+        assert real_ids(other) == real_ids(batches[3:])
+    assert sorted(seen, reverse=True) == expected
+    assert real_ids(LanceDataset(uneven, 16, columns=["id"], sampler=Backward())) == expected
+
+
+def test_a_cut_of_ones_own_has_states_and_an_end(uneven: Any) -> None:
+    def fresh() -> LanceDataset:
+        return LanceDataset(uneven, 16, columns=["id"], sampler=ThreeAndFive())
+
+    dataset = fresh()
+    batches = list(dataset)
+    assert [batch.size for batch in batches] == [3, 5] * 12
+    assert real_ids(batches) == ids_of(uneven)[:96]
+    assert {batch.epoch for batch in dataset} == {1}
+    found, dataset = [], fresh()
+    for steps in (3, 4, 17):
+        for _, batch in zip(range(steps), dataset, strict=False):
+            found.append(batch)
+        state, dataset = dataset.state_dict(), fresh()
+        dataset.load_state_dict(state)
+    assert [(batch.step, real_ids([batch])) for batch in found] == [(i, real_ids([b])) for i, b in enumerate(batches)]
 
 
 # -- in Lance's own loader -----------------------------------------------------------------------------------------
@@ -471,10 +560,11 @@ def test_lances_stock_samplers_become_exact_here(uneven: Any, kind: str, filter:
         LanceDataset(uneven, 10, columns=["id"], filter=filter, sampler=STOCK[kind](rank, world))
         for rank in range(world)
     ]
+    steps = len(datasets[0])
     found = [list(dataset) for dataset in datasets]
     assert sorted(i for batches in found for i in real_ids(batches)) == ids_of(uneven, filter)
     assert len({tuple(batch.size for batch in batches) for batches in found}) == 1
-    assert len(datasets[0]) == len(found[0])
+    assert steps == len(found[0])
     assert datasets[0].state_dict()["step"] == len(found[0])
 
 

@@ -20,15 +20,15 @@ KERNELS = Path(gpuload.kernels.__file__)
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
 errors kernels device clock stages
-order order.philox order.permutation order.draws
+order order.philox order.permutation order.draws order.orders order.cut order.joined order.ranks order.state
 tables tables.malloc tables.projection tables.lance
+order.samplers order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.decode images.decode.libjpeg images.decode.host images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.text fields.numbers fields.lists fields.image fields.bytes fields.choose
 batch
-order.state order.samplers order.ranks
-pipeline order.foreign order.epochs dataset
+pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
 tools tools.trace tools.describe tools.folder tools.ingest tools.sheet tools.demo tools.bench tools.cli

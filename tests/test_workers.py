@@ -86,6 +86,17 @@ def test_spawned_workers_take_their_rank_from_the_parent(rows: str, monkeypatch:
     assert places(list(loader(dataset, 2, "spawn"))) == places(list(dataset))
 
 
+def test_spawned_workers_of_a_given_sampler_take_their_rank_from_the_parent(
+    rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # in this process only
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    dataset = LanceDataset(rows, 8, columns=["id"], sampler=ShuffleSampler(seed=1))
+    assert len(dataset) == 5
+    assert places(list(loader(dataset, 2, "spawn"))) == places(list(dataset))
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["by words", "by a sampler"])
 def test_workers_that_persist_see_set_epoch(rows: str, quick: Any, given: bool) -> None:
     sampler: dict[str, Any] = {"sampler": ShuffleSampler(seed=2)} if given else {"shuffle": True, "seed": 2}
@@ -116,6 +127,7 @@ def test_workers_go_on_from_a_state_in_order(rows: str, quick: Any, kind: str, s
     dataset = LanceDataset(rows, 8, columns=["id"], sampler=SHARDED[kind](1, 2, 1))
     dataset.set_epoch(1)
     expected = places(list(dataset))
+    dataset.set_epoch(1)
     for _ in zip(range(steps), dataset, strict=False):
         pass
     state = dataset.state_dict()
@@ -183,7 +195,7 @@ for rank in range(2):
 os.environ.update(RANK="1", WORLD_SIZE="2")
 dataset = LanceDataset(path, 8, columns=columns)
 print(*ids(fork(dataset)))
-sampler = ShuffleSampler(seed=1)
+sampler = ShuffleSampler(0, 1, seed=1)  # not what the environment says
 dataset = LanceDataset(path, 8, columns=columns, sampler=sampler)
 persistent = fork(dataset, persistent_workers=True)
 for epoch in (0, 1):
@@ -194,7 +206,7 @@ print(*ids(fork(LanceDataset(path, 8, columns=columns, sampler=sampler))))
 dataset = LanceDataset(path, 8, columns=columns, cache=sys.argv[2])
 print(*ids(fork(dataset)))
 assert not os.listdir(sys.argv[2])  # each worker had a copy and took it along
-print(*ids(LanceDataset(path, 8, columns=columns, sampler=ShuffleSampler(seed=1))))  # the parent may open it now
+print(*ids(LanceDataset(path, 8, columns=columns, sampler=ShuffleSampler(0, 1, seed=1))))  # the parent may open it
 """
 
 

@@ -12,9 +12,25 @@ import pyarrow as pa
 
 from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
+from gpuload.order.joined import joined
+from gpuload.order.samplers import PlanSampler
 from gpuload.pipeline import Read
 from gpuload.stages import Budget, ordered_map
 from gpuload.tables.lance import Source
+
+
+def told(sampler: Any) -> tuple[int, int] | None:
+    """What changes when somebody calls the sampler's `set_epoch`, the epoch last; None for one that never tells."""
+    if isinstance(sampler, PlanSampler):
+        return sampler.told
+    epoch = getattr(sampler, "_epoch", None)  # Lance's own have no other way to be asked
+    return None if epoch is None else (0, int(epoch))
+
+
+def follow(sampler: Any, epoch: int) -> None:
+    """Tell a sampler that reads by itself which epoch comes next; for the others it is part of each plan."""
+    if not isinstance(sampler, PlanSampler) and hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
 
 
 def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None) -> Iterator[Read]:
@@ -82,8 +98,7 @@ def raw_batches(
     try:
         for step, table in tables:
             budget.leave()
-            joined = table.combine_chunks().to_batches()
-            batch = joined[0] if joined else pa.RecordBatch.from_pylist([], schema=table.schema)
+            batch = joined(table)
             yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)
     finally:
         tables.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, expect_int
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,20 @@ class Ranks:
     def __post_init__(self) -> None:
         if (self.rank is None) != (self.world_size is None):
             raise ConfigError(f"Expected rank and world_size, or neither; got {self.rank} and {self.world_size}.")
+        if self.rank is None or self.world_size is None:
+            return
+        expect_int(rank=self.rank, world_size=self.world_size)
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"Expected 0 <= rank < world_size, got rank={self.rank}, world_size={self.world_size}.")
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[int, int, bool]]:
+        """What leaves the process keeps its numbers: a DataLoader worker has no process group of its own."""
+        return Ranks, (*self.resolve(), False)
 
     def resolve(self) -> tuple[int, int]:
         """(rank, world size) of this process, now."""
         if self.rank is not None and self.world_size is not None:
-            return self.rank, self.world_size
+            return int(self.rank), int(self.world_size)
         if not self.detect:
             return 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -47,10 +56,6 @@ class Ranks:
             return int(found[0]), int(found[1])
         except ValueError:
             raise ConfigError(f"Expected RANK and WORLD_SIZE as integers in the environment, got {found}.") from None
-
-    def resolved(self) -> Ranks:
-        """The same with the numbers of this process, for a worker that has no process group of its own."""
-        return Ranks(*self.resolve(), detect=False)
 
 
 _DEPTH = 16  # frames from a loader's loop down to iter(dataset)

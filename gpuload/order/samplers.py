@@ -1,129 +1,103 @@
-"""Which rows, when: (rows, fragments, seed, epoch, rank, world size, batch size) enter, the ranges of batch k leave.
+"""Samplers: (rows, fragments, seed, epoch, rank, world size, batch size) enter, a cut leaves.
 
-A sampler is a few numbers; its `plan` is pure, reads nothing and answers for any step at once. So resuming is a
-look-up and no thread can change an order. Shared by all plans: every batch has `batch_size` rows except the last,
-every rank has the same number of batches of the same size, and each row is in exactly one of them. Ranks that run
-short are filled up with rows they had before, marked as such.
+A sampler is a few numbers; what it plans is pure, reads nothing and answers for any step at once. So resuming is a
+look-up and no thread can change an order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import copy
+from collections.abc import Generator
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, expect_int
+from gpuload.order import Cut, Order, Ranges, coalesce
+from gpuload.order.cut import FixedSize
+from gpuload.order.joined import joined
+from gpuload.order.orders import Blocks, Fragments, InTurn, ShuffledBatches
 from gpuload.order.permutation import Permutation
-from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, Ranges, Source, coalesce
+from gpuload.order.ranks import Ranks
+from gpuload.tables.lance import LanceSampler, Source
 
-_BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
-
-Order = Callable[[int, int], Ranges]  # places lo to hi of an order of rows → the rows there
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One rank's epoch.
-
-    Attributes
-    ----------
-    order : callable
-        ``order(lo, hi)``: i64[N, 2] ranges of the rows at places lo to hi of the order that is cut into batches.
-    rows : int
-        Rows in that order.
-    longest : int
-        Rows in the longest such order of all ranks; the same as `rows` where the ranks share one.
-    batch_size, rank, world_size : int
-        Step k of this rank has the places from ``start + (k * world_size + rank) * batch_size``.
-    drop_last : bool
-    start : int
-        Places that earlier steps of this epoch have used up, maybe with another world size.
-    shortest : int
-        Rows in the shortest such order of all ranks.
-    """
-
-    order: Order
-    rows: int
-    longest: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-    drop_last: bool = False
-    start: int = 0
-    shortest: int = -1
-
-    def __len__(self) -> int:
-        """Steps that are left, the same on every rank."""
-        full = self.batch_size * self.world_size
-        if self.drop_last:
-            return max(0, (self.rows if self.shortest < 0 else self.shortest) - self.start) // full
-        return -(-max(0, self.longest - self.start) // full)
-
-    def size(self, step: int) -> tuple[int, int]:
-        """(rows of this step's batch, how many of them are not fill-up rows)."""
-        if not 0 <= step < len(self):
-            raise IndexError(f"Expected a step from 0 to {len(self) - 1}, got {step}.")
-        first = self.start + step * self.world_size * self.batch_size
-        size = min(self.batch_size, self.longest - first)
-        return size, min(max(self.rows - first - self.rank * self.batch_size, 0), size)
-
-    def ranges(self, step: int) -> Ranges:
-        """The rows of batch `step` in order, fill-up rows last: i64[N, 2], half-open."""
-        size, real = self.size(step)
-        place = self.start + (step * self.world_size + self.rank) * self.batch_size
-        parts = [self.order(place, place + real)] if real else []
-        while real < size:  # from the start of the order, again and again where it is shorter than a batch
-            more = min(size - real, max(self.rows, 1))
-            parts.append(self.order(0, more) if self.rows else np.array([[0, 1]]))
-            real += more
-        return np.concatenate(parts)
+Self = TypeVar("Self", bound="PlanSampler")
 
 
 class PlanSampler(LanceSampler):
-    """What the samplers below share: a place among the ranks, a seed, an epoch, and Lance's own protocol."""
+    """What the samplers below share: a place among the ranks, a seed, an epoch, and Lance's own protocol.
+
+    Without `rank` and `world_size` they are those of torch.distributed, else of torchrun's environment, when a plan is
+    made.
+    """
 
     elastic: ClassVar[bool] = True  # whether the order is the same for every world size
 
-    def __init__(self, rank: int = 0, world_size: int = 1, randomize: bool = False, seed: int = 0) -> None:
-        for name, value in (("rank", rank), ("world_size", world_size), ("seed", seed)):
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-                raise ConfigError(f"Expected {name} as an int, got {value!r}.")
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"Expected 0 <= rank < world_size, got rank={rank}, world_size={world_size}.")
-        self._rank, self._world_size = int(rank), int(world_size)
-        self._randomize, self._seed, self._epoch = bool(randomize), int(seed), 0
+    def __init__(
+        self, rank: int | None = None, world_size: int | None = None, randomize: bool = False, seed: int = 0
+    ) -> None:
+        self._ranks = Ranks(rank, world_size)
+        expect_int(seed=seed)
+        self._randomize, self._seed = bool(randomize), int(seed)
+        self._epoch = self._times = 0
 
     @property
     def rank(self) -> int:
-        return self._rank
+        return self._ranks.resolve()[0]
 
     @property
     def world_size(self) -> int:
-        return self._world_size
+        return self._ranks.resolve()[1]
+
+    @property
+    def randomize(self) -> bool:
+        """Whether each epoch has an order of its own."""
+        return self._randomize
+
+    @property
+    def told(self) -> tuple[int, int]:
+        """How often `set_epoch` was called, and the epoch: another pair is another call."""
+        return self._times, self._epoch
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order the next plan has."""
-        self._epoch = int(epoch)
+        self._epoch, self._times = int(epoch), self._times + 1
+
+    def placed(self: Self, ranks: Ranks) -> Self:
+        """The same sampler with a rank and world size: its own where it was given them, else those of `ranks`."""
+        found = copy.copy(self)
+        found._ranks = Ranks(*(ranks if self._ranks.rank is None else self._ranks).resolve())
+        return found
+
+    def resized(self: Self, world_size: int) -> Self:
+        """The same sampler among so many ranks, the first of them."""
+        found = copy.copy(self)
+        found._ranks = Ranks(0, world_size)
+        return found
 
     def key(self) -> dict[str, Any]:
         """What the order depends on besides the epoch and the rank: part of a saved state."""
         return {"sampler": type(self).__name__, "randomize": self._randomize, "sampler_seed": self._seed}
 
+    def order(self, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Order:
+        """The epoch's order of `rows` rows that lie in `fragments` (i64[F] rows each, sum = rows)."""
+        return InTurn(rows)
+
     def plan(
         self, rows: int, fragments: NDArray[np.int64], batch_size: int, *, drop_last: bool = False, start: int = 0
-    ) -> Plan:
+    ) -> FixedSize:
         """One rank's epoch over `rows` rows that lie in `fragments` (i64[F] rows each, sum = rows).
 
         `start` is the number of places that were used up before, as a saved state has it.
         """
-        if batch_size < 1:
-            raise ConfigError(f"Expected batch_size of at least 1, got {batch_size}.")
-        order = self._order(rows, batch_size)
-        return Plan(order, rows, rows, batch_size, self._rank, self._world_size, drop_last, start)
+        order = self.order(rows, fragments, max(1, batch_size))  # the cut refuses a batch of none
+        return FixedSize(order, batch_size, *self._ranks.resolve(), drop_last, start)
+
+    def cut(self, table: Source, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
+        """One rank's epoch over `table`: what reads a column first, or cuts otherwise, overrides this."""
+        return self.plan(table.rows, table.fragments, batch_size, drop_last=drop_last, start=start)
 
     def ranges(self, step: int, *, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Ranges:
         """The rows of one batch, without a plan at hand: i64[N, 2]."""
@@ -142,19 +116,15 @@ class PlanSampler(LanceSampler):
     ) -> Generator[pa.RecordBatch, None, None]:
         """Lance's protocol: the rows of this rank as RecordBatches of `batch_size`, without fill-up rows."""
         source = Source(ds, columns, filter, with_row_id=bool(with_row_id))
-        plan = self.plan(source.rows, source.fragments, batch_size)
-        for step in range(len(plan)):
-            _, real = plan.size(step)
-            if real:
-                table = source.read(plan.ranges(step)).slice(0, real)
-                yield table.combine_chunks().to_batches()[0]
+        cut = self.cut(source, batch_size)
+        for step in range(len(cut)):
+            rows = cut(step)
+            if rows.real:
+                yield joined(source.read(coalesce(rows.row[: rows.real])))
 
     def __repr__(self) -> str:
         random = f", randomize=True, seed={self._seed}" if self._randomize else ""
-        return f"{type(self).__name__}(rank={self._rank}, world_size={self._world_size}{random})"
-
-    def _order(self, rows: int, batch_size: int) -> Order:
-        return _in_order
+        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size}{random})"
 
 
 class _FromTorch(PlanSampler):
@@ -170,7 +140,7 @@ class FullScanSampler(PlanSampler):
     """Every row in the order of the dataset, on every rank."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(0, 1)
 
     def __repr__(self) -> str:
         return "FullScanSampler()"
@@ -184,7 +154,8 @@ class ShardedFragmentSampler(_FromTorch):
 
     Parameters
     ----------
-    rank, world_size : int
+    rank, world_size : int, optional
+        By default from torch.distributed, else from torchrun's environment.
     randomize : bool
         Shuffle the fragments, anew each epoch, the same way on all ranks.
     seed : int
@@ -192,29 +163,26 @@ class ShardedFragmentSampler(_FromTorch):
 
     elastic = False
 
+    def order(self, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Fragments:
+        """This rank's fragments."""
+        fragments = np.asarray(fragments, np.int64)
+        mine = self._shares(len(fragments))[self.rank]
+        return Fragments((np.cumsum(fragments) - fragments)[mine], fragments[mine])
+
     def plan(
         self, rows: int, fragments: NDArray[np.int64], batch_size: int, *, drop_last: bool = False, start: int = 0
-    ) -> Plan:
+    ) -> FixedSize:
         fragments = np.asarray(fragments, np.int64)
-        first = np.cumsum(fragments) - fragments
-        index = np.arange(len(fragments))
+        totals = [int(fragments[share].sum()) for share in self._shares(len(fragments))]
+        order = self.order(rows, fragments, batch_size)
+        return FixedSize(order, batch_size, drop_last=drop_last, start=start, shortest=min(totals), longest=max(totals))
+
+    def _shares(self, count: int) -> list[NDArray[np.int64]]:
+        """The fragments of each rank, by their numbers."""
+        index = np.arange(count)
         if self._randomize:
-            index = Permutation(len(fragments), self._seed, self._epoch)(index)
-        totals = [int(fragments[index[r :: self._world_size]].sum()) for r in range(self._world_size)]
-        mine = index[self._rank :: self._world_size]
-        starts = first[mine]
-        ends = np.cumsum(fragments[mine])  # places in this rank's order where its fragments end
-        begins = ends - fragments[mine]
-
-        def order(lo: int, hi: int) -> Ranges:
-            a, b = np.searchsorted(ends, lo, "right"), np.searchsorted(begins, hi, "left")
-            at = starts[a:b] - begins[a:b]
-            ranges = np.stack([np.maximum(begins[a:b], lo) + at, np.minimum(ends[a:b], hi) + at], axis=1)
-            return ranges[ranges[:, 0] < ranges[:, 1]]
-
-        if batch_size < 1:
-            raise ConfigError(f"Expected batch_size of at least 1, got {batch_size}.")
-        return Plan(order, totals[self._rank], max(totals), batch_size, 0, 1, drop_last, start, shortest=min(totals))
+            index = Permutation(count, self._seed, self._epoch)(index)
+        return [index[rank :: self.world_size] for rank in range(self.world_size)]
 
 
 class ShardedBatchSampler(_FromTorch):
@@ -222,17 +190,17 @@ class ShardedBatchSampler(_FromTorch):
 
     Parameters
     ----------
-    rank, world_size : int
+    rank, world_size : int, optional
+        By default from torch.distributed, else from torchrun's environment.
     randomize : bool
         Shuffle the batches, anew each epoch; each batch stays a run of neighbouring rows and the short one last.
     seed : int
     """
 
-    def _order(self, rows: int, batch_size: int) -> Order:
+    def order(self, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Order:
         if not self._randomize:
-            return _in_order
-        full = rows // batch_size
-        return _blocks(Permutation(full, self._seed, self._epoch), batch_size, rows, tail_last=True)
+            return InTurn(rows)
+        return ShuffledBatches(rows, batch_size, Permutation(rows // batch_size, self._seed, self._epoch))
 
 
 class ShuffleSampler(PlanSampler):
@@ -242,13 +210,16 @@ class ShuffleSampler(PlanSampler):
 
     Parameters
     ----------
-    rank, world_size : int
+    rank, world_size : int, optional
+        By default from torch.distributed, else from torchrun's environment.
     seed : int
     block_size : int
         Rows that stay together. 1 shuffles every row; 16 reads 1.4 (format 2.2) to 1.8 times (2.0) as fast.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, seed: int = 0, block_size: int = 1) -> None:
+    def __init__(
+        self, rank: int | None = None, world_size: int | None = None, seed: int = 0, block_size: int = 1
+    ) -> None:
         super().__init__(rank, world_size, True, seed)
         if not isinstance(block_size, int) or block_size < 1:
             raise ConfigError(f"Expected block_size as an int of at least 1, got {block_size!r}.")
@@ -264,84 +235,10 @@ class ShuffleSampler(PlanSampler):
     def key(self) -> dict[str, Any]:
         return {**super().key(), "block_size": self._block_size}
 
-    def _order(self, rows: int, batch_size: int) -> Order:
+    def order(self, rows: int, fragments: NDArray[np.int64], batch_size: int) -> Blocks:
         blocks = -(-rows // self._block_size)
-        return _blocks(Permutation(blocks, self._seed, self._epoch), self._block_size, rows, tail_last=False)
+        return Blocks(rows, self._block_size, Permutation(blocks, self._seed, self._epoch))
 
     def __repr__(self) -> str:
         block = f", block_size={self._block_size}" if self._block_size > 1 else ""
-        return f"ShuffleSampler(rank={self._rank}, world_size={self._world_size}, seed={self._seed}{block})"
-
-
-def _in_order(lo: int, hi: int) -> Ranges:
-    return np.array([[lo, hi]], np.int64)
-
-
-def _blocks(shuffled: Permutation, size: int, rows: int, *, tail_last: bool) -> Order:
-    """An order of blocks of `size` rows. The short block of a range that does not divide stands last, or at the
-    place the permutation gives it: then everything behind it moves up by what it lacks."""
-    short = rows % size
-    if tail_last or not short:
-        gap = rows - short  # the short block stands behind all full ones
-    else:
-        gap = int(shuffled.inverse(np.array([rows // size]))[0]) * size
-
-    def order(lo: int, hi: int) -> Ranges:
-        place = np.arange(lo, hi)
-        behind = place >= gap + short
-        lifted = place + np.where(behind, size - short, 0) if short else place
-        block, within = np.divmod(lifted, size)
-        if tail_last:
-            tail = block >= shuffled.n
-            moved = shuffled(np.where(tail, 0, block)) if shuffled.n else block
-            return coalesce(np.where(tail, block, moved) * size + within)
-        return coalesce(shuffled(block) * size + within)
-
-    return order
-
-
-def make_sampler(
-    sampler: Any, shuffle: bool | str, granularity: str | None, rank: int, world_size: int, seed: int
-) -> Any:
-    """The sampler that `LanceDataset`'s keywords ask for; Lance's own ones become their equals here.
-
-    Raises
-    ------
-    ConfigError
-        Keywords that contradict each other, or words that are not known.
-    """
-    if shuffle not in (False, True, "row", "block", "batch"):
-        raise ConfigError(f'Expected shuffle=False, True, "row", "block" or "batch", got {shuffle!r}.')
-    if granularity not in (None, "fragment", "batch"):
-        raise ConfigError(f'Expected shard_granularity=None, "fragment" or "batch", got {granularity!r}.')
-    if sampler is not None:
-        if shuffle:
-            raise ConfigError(f"Expected shuffle or sampler, got both: shuffle={shuffle!r}, sampler={sampler!r}.")
-        return _adopt(sampler)
-    if shuffle in (True, "row", "block"):
-        if granularity == "fragment":
-            raise ConfigError(
-                f'Expected shuffle="batch" or False beside shard_granularity="fragment", got {shuffle!r}.'
-            )
-        return ShuffleSampler(rank, world_size, seed, _BLOCK if shuffle == "block" else 1)
-    kind = ShardedFragmentSampler if granularity == "fragment" else ShardedBatchSampler
-    return kind(rank, world_size, randomize=shuffle == "batch", seed=seed)
-
-
-def _adopt(sampler: Any) -> Any:
-    """Lance's stock samplers, exactly those, become ours: the same rows, with equal ranks, a length and a state."""
-    if isinstance(sampler, PlanSampler):
-        return sampler
-    if type(sampler) is LanceFullScan:
-        return FullScanSampler()
-    for theirs, ours in ((LanceFragments, ShardedFragmentSampler), (LanceBatches, ShardedBatchSampler)):
-        if type(sampler) is theirs:
-            adopted = ours(sampler._rank, sampler._world_size, sampler._randomize, sampler._seed)
-            adopted.set_epoch(sampler._epoch)
-            return adopted
-    if not isinstance(sampler, LanceSampler):
-        raise ConfigError(
-            f"Expected sampler as a gpuload or lance.sampler.Sampler, got {type(sampler).__name__}. "
-            "Subclass lance.sampler.Sampler and yield RecordBatches."
-        )
-    return sampler
+        return f"ShuffleSampler(rank={self.rank}, world_size={self.world_size}, seed={self._seed}{block})"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from gpuload.errors import StateError
 
 VERSION = 1
+_COUNTS = ("epoch", "step", "start", "taken", "world_size")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Position:
     """A place in an epoch.
 
@@ -36,6 +38,10 @@ class Position:
         """Steps of this epoch that the consumer has taken."""
         return self.before + self.taken
 
+    def after(self, step: int) -> Position:
+        """The place when `step` was handed over."""
+        return replace(self, taken=step + 1 - self.before)
+
 
 def save(position: Position, identity: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """A dict of scalars, ready for JSON.
@@ -54,20 +60,21 @@ def save(position: Position, identity: Mapping[str, Any], world_size: int) -> di
 
 
 def restore(
-    state: Mapping[str, Any], identity: Mapping[str, Any], world_size: int, elastic: bool, worker: bool = False
-) -> Position:
-    """The place that `state` describes, for this dataset and this world size.
+    state: object, identity: Mapping[str, Any], world_size: int, elastic: bool, worker: bool = False
+) -> tuple[Position, int]:
+    """The place that `state` describes as it was saved, and the world size whose steps it counts.
 
-    A run that goes on from it begins there, so that its first batch is the first worker's. A DataLoader `worker` that
-    gets back its own state instead keeps the beginning that its share of the steps was counted from.
+    A DataLoader `worker` knows its own steps alone, so its world size must be the saved one.
 
     Raises
     ------
     StateError
-        Naming the field and both values: another dataset, version, filter, sample, seed, sampler or batch size, or
-        another world size where the order depends on it.
+        No state, or one of another dataset, version, filter, sample, seed, sampler or batch size, or of another world
+        size where the order depends on it: names the field and both values.
     """
-    missing = [name for name in ("version", "epoch", "step", "start", "taken", "world_size") if name not in state]
+    if not isinstance(state, Mapping):
+        raise StateError(f"Expected a state_dict() of gpuload.LanceDataset, got {state!r}.")
+    missing = [name for name in ("version", *_COUNTS) if name not in state]
     if missing:
         raise StateError(f"Expected a state_dict() of gpuload.LanceDataset, got one without {missing}.", missing[0])
     if state["version"] != VERSION:
@@ -75,16 +82,18 @@ def restore(
     for name in identity:
         if state.get(name) != identity[name] and name != "uri":
             raise _identity_error(name, state, identity)
-    if state["world_size"] != world_size and (worker or not elastic):
+    for name in _COUNTS:
+        if not isinstance(state[name], Integral) or (state[name] < 0 and name != "epoch"):
+            raise StateError(f"Expected {name} in the saved state as a count, got {state[name]!r}.", name, state[name])
+    epoch, step, start, taken, world = (int(state[name]) for name in _COUNTS)
+    if taken > step:
+        raise StateError(f"Expected taken of at most step={step} in the saved state, got {taken}.", "taken", taken)
+    if world != world_size and (worker or not elastic):
         hint = "The fragment sampler's order depends on it; the batch and shuffle samplers resume with any."
         if elastic:
             hint = "A DataLoader worker knows its own steps alone; states of num_workers=0 resume with any."
-        raise _differs("world_size", state["world_size"], world_size, hint)
-    epoch, step, start, taken = (int(state[name]) for name in ("epoch", "step", "start", "taken"))
-    if worker:
-        return Position(epoch, start, step - taken, taken)
-    places = int(state["batch_size"]) * (int(state["world_size"]) if elastic else 1)  # of a step, in the plan's order
-    return Position(epoch, start + taken * places, step, 0)
+        raise _differs("world_size", world, world_size, hint)
+    return Position(epoch, start, step - taken, taken), world
 
 
 def _identity_error(name: str, state: Mapping[str, Any], identity: Mapping[str, Any]) -> StateError:
