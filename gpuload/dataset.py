@@ -32,7 +32,8 @@ from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
 from gpuload.order.ranks import Ranks
 from gpuload.pipeline import ON_ERROR, READ_THREADS, Pipeline
-from gpuload.tables.lance import Source, check_fork, lance_running
+from gpuload.tables.fork import check_fork, lance_running
+from gpuload.tables.lance import LanceTable
 
 _DEFAULT: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 
@@ -159,7 +160,7 @@ class LanceDataset(IterableDataset[Batch]):
             seed=seed, batch_size=batch_size, projection=self._projection,
         )  # fmt: skip
         self._device, self._decoder_name = device, decoder
-        self._source: Source | None = None
+        self._source: LanceTable | None = None
         self._decoder: Decoder | None = None
         self._reset()
         if lance_running() or not isinstance(dataset, (str, Path)):
@@ -282,11 +283,11 @@ class LanceDataset(IterableDataset[Batch]):
         self._counts: Counter[str] = Counter()
         self._clocks: dict[str, Clock] = clocks(READ_THREADS, self.num_threads or threads_here())
 
-    def _open(self) -> Source:
+    def _open(self) -> LanceTable:
         """The source, opened and its columns resolved on first use."""
         check_fork()
         if self._source is None:
-            self._source = Source(self._dataset, **self._projection)
+            self._source = LanceTable(self._dataset, **self._projection)
             if not self._source.rows and self._projection["filter"] is not None:
                 warnings.warn(f"No row matches filter={self._projection['filter']!r}.", stacklevel=3)
         if not self._columns:

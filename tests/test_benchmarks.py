@@ -75,8 +75,7 @@ def test_raw_reading(settings: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["take", "take_scan"])
-def test_runs_of_rows(settings: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuload.tables.lance._SCAN_RUN", 8)  # restored afterwards
+def test_runs_of_rows(settings: Any, how: str) -> None:
     assert sum(load("bench_runs").CASES[f"4 rows a run: {how}"](settings)()) == _ROWS
 
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from making import captions, encode, jpeg, picture
 
 from gpuload import Batch, ConfigError, DeviceError, FullScanSampler, Image, LanceDataset, Text
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 
 Store = Callable[..., str]
 WHOLE: dict[str, Any] = {"image": Image(16), "prompt": Text("bytes")}
@@ -168,7 +168,7 @@ class Broken(Exception):
 
 
 STAGES = {
-    "read": "gpuload.tables.lance.Source.read",
+    "read": "gpuload.tables.lance.LanceTable.read",
     "views": "gpuload.pipeline.byte_views",
     "numbers": "gpuload.pipeline.to_tensor",
     "tokens": "gpuload.fields.text.Tokens.__call__",
@@ -176,7 +176,7 @@ STAGES = {
     "resize": "gpuload.images.resize.resize_normalize",
     "regions": "gpuload.images.transform.Image.regions",
     "plan": "gpuload.order.samplers.Plan.ranges",
-    "positions": "gpuload.tables.lance.Source.positions",
+    "positions": "gpuload.tables.lance.LanceTable.positions",
     "finish": "gpuload.pipeline.Pipeline._finish",
     "hand_over": "gpuload.device.Side.hand_over",
 }
@@ -237,14 +237,14 @@ def test_an_exception_says_in_which_stage_it_was_raised(
 def test_an_exception_comes_at_its_place(readahead: int, photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = LanceDataset(photos, 4, transforms=WHOLE, batch_readahead=readahead, device="cpu")
     len(dataset)
-    real = Source.read
+    real = LanceTable.read
 
-    def read(self: Source, ranges: Any) -> Any:
+    def read(self: LanceTable, ranges: Any) -> Any:
         if ranges[0, 0] == 20:
             raise Broken("at row 20")
         return real(self, ranges)
 
-    monkeypatch.setattr(Source, "read", read)
+    monkeypatch.setattr(LanceTable, "read", read)
     batches = iter(dataset)
     assert rows(next(batches) for _ in range(5)) == IN_ORDER[:5]
     with pytest.raises(Broken):
@@ -272,15 +272,15 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_waiting_ends_the_threads(dataset: LanceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, waiting = Source.read, threading.Event()
+    real, waiting = LanceTable.read, threading.Event()
 
-    def slow(self: Source, ranges: Any) -> Any:
+    def slow(self: LanceTable, ranges: Any) -> Any:
         if ranges[0, 0] >= 8:
             waiting.set()
             time.sleep(0.3)
         return real(self, ranges)
 
-    monkeypatch.setattr(Source, "read", slow)
+    monkeypatch.setattr(LanceTable, "read", slow)
 
     def interrupt() -> None:
         waiting.wait(10)
@@ -353,17 +353,17 @@ def test_a_slow_loop_is_read_ahead_of_by_batch_readahead(
     readahead: int, batch_size: int, columns: list[str], many: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = 0
-    real, lock = Source.read, threading.Lock()
+    real, lock = LanceTable.read, threading.Lock()
     dataset = LanceDataset(many, batch_size, columns=columns, batch_readahead=readahead, device="cpu")
     len(dataset)
 
-    def read(self: Source, ranges: Any) -> Any:
+    def read(self: LanceTable, ranges: Any) -> Any:
         nonlocal started
         with lock:
             started += 1
         return real(self, ranges)
 
-    monkeypatch.setattr(Source, "read", read)
+    monkeypatch.setattr(LanceTable, "read", read)
     ahead = []
     for batch in dataset:
         time.sleep(0.004)

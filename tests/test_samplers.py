@@ -27,7 +27,7 @@ from gpuload import (
     ShuffleSampler,
 )
 from gpuload.order.samplers import Plan
-from gpuload.tables.lance import coalesce, expand
+from gpuload.tables import coalesce, expand
 
 KINDS = st.sampled_from(sorted(SHARDED))
 FRAGMENTS = st.lists(st.integers(0, 40), max_size=8)  # empty ones, none at all

@@ -17,7 +17,7 @@ from gpuload.order.foreign import foreign_reads
 from gpuload.order.ranks import Ranks, check_wrappers
 from gpuload.order.samplers import Plan, PlanSampler, make_sampler
 from gpuload.pipeline import Read
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 
 
 class Epochs:
@@ -33,7 +33,7 @@ class Epochs:
         Asked anew each time: a process group may be initialised after the dataset was made.
     seed, batch_size : int
     projection : dict
-        What `Source` was opened with; part of what a saved place must agree with.
+        What `LanceTable` was opened with; part of what a saved place must agree with.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Epochs:
         self._resume = False
         return self._position
 
-    def plan(self, source: Source, drop_last: bool, position: state.Position | None = None) -> Plan:
+    def plan(self, source: LanceTable, drop_last: bool, position: state.Position | None = None) -> Plan:
         """This rank's batches from `position`, by default of the whole present epoch.
 
         Raises
@@ -117,7 +117,7 @@ class Epochs:
         )
         return plan
 
-    def reads(self, source: Source, drop_last: bool, position: state.Position, readahead: int) -> Iterator[Read]:
+    def reads(self, source: LanceTable, drop_last: bool, position: state.Position, readahead: int) -> Iterator[Read]:
         """What this process reads from `position` to the epoch's end; in a DataLoader worker, its share of it."""
         worker = get_worker_info()
         first, every = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -133,7 +133,7 @@ class Epochs:
                 table = functools.partial(source.read, ranges)
                 yield Read(position.before + step, source.positions(ranges), plan.size(step)[1], table)
 
-    def save(self, source: Source) -> dict[str, Any]:
+    def save(self, source: LanceTable) -> dict[str, Any]:
         """The place after the last batch that was taken, as JSON.
 
         Raises
@@ -150,7 +150,7 @@ class Epochs:
         position = self._position if self._position.epoch == self.now() else state.Position(self.now())
         return state.save(position, self._identity(source, sampler), sampler.world_size)
 
-    def load(self, saved: Mapping[str, Any], source: Source) -> None:
+    def load(self, saved: Mapping[str, Any], source: LanceTable) -> None:
         """Make a saved place the start of the next iteration."""
         sampler = self._planner("load_state_dict()")
         worker = get_worker_info() is not None
@@ -172,7 +172,7 @@ class Epochs:
             raise TypeError(f"Expected a gpuload sampler for {what}, got {sampler!r}, whose order nobody can foresee.")
         return sampler
 
-    def _identity(self, source: Source, sampler: Any) -> dict[str, Any]:
+    def _identity(self, source: LanceTable, sampler: Any) -> dict[str, Any]:
         """What a state must agree with: the dataset, and all that its order depends on."""
         return {
             "uri": source.uri,

@@ -14,10 +14,12 @@ from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
 from gpuload.pipeline import READ_THREADS, Read
 from gpuload.stages import Budget, ordered_map
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 
 
-def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None) -> Iterator[Read]:
+def foreign_reads(
+    sampler: Any, source: LanceTable, batch_size: int, readahead: int, filter: str | None
+) -> Iterator[Read]:
     """Reads of exactly `batch_size` rows from the RecordBatches that the sampler yields; the last may be shorter.
 
     Positions are Lance's row ids where the sampler gives them, else the running number of the row.

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError
 from gpuload.order.permutation import Permutation
-from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, Ranges, Source, coalesce
+from gpuload.tables import Ranges, coalesce
+from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, LanceTable
 
 _BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
 
@@ -141,7 +142,7 @@ class PlanSampler(LanceSampler):
         **kwargs: Any,
     ) -> Generator[pa.RecordBatch, None, None]:
         """Lance's protocol: the rows of this rank as RecordBatches of `batch_size`, without fill-up rows."""
-        source = Source(ds, columns, filter, with_row_id=bool(with_row_id))
+        source = LanceTable(ds, columns, filter, with_row_id=bool(with_row_id))
         plan = self.plan(source.rows, source.fragments, batch_size)
         for step in range(len(plan)):
             _, real = plan.size(step)

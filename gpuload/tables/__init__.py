@@ -1,1 +1,71 @@
-"""Rows exist: a URI or an opened dataset enters; rows, a schema, reads and a fingerprint leave."""
+"""Rows exist: a URI or an opened dataset enters; rows, a schema, reads, small columns and a fingerprint leave."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Ranges = NDArray[np.int64]  # i64[N, 2]: half-open, in the order wanted
+
+
+class Table(Protocol):
+    """Where rows come from: a pinned version of some rows and columns, the same whenever and wherever it is read.
+
+    An index is the place of a row among those that are used, 0 to `rows`-1; a position is its place in what is stored.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Where it is stored."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows that are used."""
+
+    @property
+    def fragments(self) -> NDArray[np.int64]:
+        """How many of them lie in each fragment, i64[F]; their sum is `rows`."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the tables that are read."""
+
+    def read(self, ranges: Ranges) -> pa.Table:
+        """The rows at these indices, in order; columns may come in several chunks."""
+
+    def positions(self, ranges: Ranges) -> NDArray[np.int64]:
+        """The positions of the rows at these indices, in order: i64[sum of lengths]."""
+
+    def small(self, column: str) -> NDArray[Any]:
+        """The values of a column of numbers for all rows that are used: its own dtype, [rows]."""
+
+    def origin(self, column: str) -> str:
+        """The stored column or the expression that an output column is; equal for two that are the same."""
+
+    def fingerprint(self) -> str:
+        """Names these rows wherever they are stored."""
+
+
+def expand(ranges: Ranges) -> NDArray[np.int64]:
+    """The members of half-open ranges, one after the other: i64[sum of lengths]."""
+    ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
+    lengths = ranges[:, 1] - ranges[:, 0]
+    before = np.cumsum(lengths) - lengths
+    members: NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
+    return members
+
+
+def coalesce(positions: NDArray[np.int64]) -> Ranges:
+    """The fewest half-open ranges that list these positions in this order."""
+    if not len(positions):
+        return np.empty((0, 2), np.int64)
+    cut = np.flatnonzero(np.diff(positions) != 1) + 1
+    first = positions[np.concatenate([[0], cut])]
+    last = positions[np.concatenate([cut - 1, [len(positions) - 1]])]
+    return np.stack([first, last + 1], axis=1)

@@ -22,16 +22,16 @@ import pyarrow.compute as pc
 from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError, ForkError
+from gpuload.errors import ConfigError
 from gpuload.order.permutation import Permutation
-from gpuload.tables import malloc
+from gpuload.tables import Ranges, coalesce, expand, malloc
+from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, project
 
-Ranges = NDArray[np.int64]  # i64[N, 2]: half-open, in the order wanted
 _SCAN_RUN = 4  # mean rows per run from which take_scan is the faster: 0.63 of take at 1, 0.98 at 2, 1.37 at 4, 1.7 at 8
 
 
-class Source:
+class LanceTable:
     """A pinned version of a Lance dataset, reduced to some columns and rows.
 
     Parameters
@@ -98,7 +98,7 @@ class Source:
         joining them would copy every image.
         """
         if self._cache is not None:
-            return _read(self._cache, None, ranges).rename_columns(self.schema.names)
+            return _read(self._cache, self._cache.schema.names, ranges).rename_columns(self.schema.names)
         if self._selected is not None:
             ranges = coalesce(self._selected[expand(ranges)])
         if self._plain:
@@ -206,34 +206,27 @@ class Source:
         return np.sort(np.asarray(starts[which] + offset, np.int64))
 
 
-def expand(ranges: Ranges) -> NDArray[np.int64]:
-    """The members of half-open ranges, one after the other: i64[sum of lengths]."""
-    ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
-    lengths = ranges[:, 1] - ranges[:, 0]
-    before = np.cumsum(lengths) - lengths
-    members: NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
-    return members
+def take_rows(dataset: lance.LanceDataset, columns: list[str] | dict[str, str], ranges: Ranges) -> pa.Table:
+    """The rows at these positions, in order and in one chunk: the cheaper call for scattered rows."""
+    return dataset.take(expand(ranges), columns=columns)
 
 
-def coalesce(positions: NDArray[np.int64]) -> Ranges:
-    """The fewest half-open ranges that list these positions in this order."""
-    if not len(positions):
-        return np.empty((0, 2), np.int64)
-    cut = np.flatnonzero(np.diff(positions) != 1) + 1
-    first = positions[np.concatenate([[0], cut])]
-    last = positions[np.concatenate([cut - 1, [len(positions) - 1]])]
-    return np.stack([first, last + 1], axis=1)
+def scan_runs(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -> pa.Table:
+    """The rows at these positions, in order and a chunk for each range: the cheaper call for runs of neighbours.
 
-
-def _read(dataset: lance.LanceDataset, columns: list[str] | None, ranges: Ranges) -> pa.Table:
-    """Neighbouring rows by `take_scan`, which is not public, scattered ones by `take`; both keep the order."""
+    Lance's `take_scan` is not public; where a release lacks it, this is `take_rows`.
+    """
     scan = getattr(dataset._ds, "take_scan", None)
-    rows = int((ranges[:, 1] - ranges[:, 0]).sum())
-    if scan is None or not rows or rows < _SCAN_RUN * len(ranges):
-        return dataset.take(expand(ranges), columns=columns)
-    names = columns if columns is not None else dataset.schema.names
-    reader = scan(iter([(int(a), int(b)) for a, b in ranges]), columns=names, batch_readahead=4)
+    if scan is None or not len(ranges):
+        return take_rows(dataset, columns, ranges)
+    reader = scan(iter([(int(a), int(b)) for a, b in ranges]), columns=columns, batch_readahead=4)
     return pa.Table.from_batches(list(reader), schema=reader.schema)
+
+
+def _read(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -> pa.Table:
+    rows = int((ranges[:, 1] - ranges[:, 0]).sum())
+    read = scan_runs if rows and rows >= _SCAN_RUN * len(ranges) else take_rows
+    return read(dataset, columns, ranges)
 
 
 def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
@@ -250,56 +243,6 @@ def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> 
 def _first_line(error: Exception) -> str:
     """Lance's own words without the place in its source code."""
     return str(error).splitlines()[0].split(", /")[0] if str(error) else type(error).__name__
-
-
-# -- fork: Lance's threads do not survive one, and its runtime then crashes or hangs -------------------------------
-
-_lost_at_fork = False
-
-
-def lance_running() -> bool:
-    """Whether Lance has started its threads in this process, through this package or not (Linux)."""
-    try:
-        tasks = os.listdir("/proc/self/task")
-    except OSError:  # no procfs: be careful
-        return True
-    for task in tasks:
-        try:
-            with open(f"/proc/self/task/{task}/comm") as file:
-                if file.read().startswith("lance"):
-                    return True
-        except OSError:  # the thread has ended
-            continue
-    return False
-
-
-def _note_fork() -> None:
-    global _lost_at_fork
-    _lost_at_fork = _lost_at_fork or lance_running()
-
-
-def _forget_fork() -> None:
-    global _lost_at_fork
-    _lost_at_fork = False
-
-
-os.register_at_fork(before=_note_fork, after_in_parent=_forget_fork)
-
-
-def check_fork() -> None:
-    """Raise before Lance is touched in a process where it cannot work.
-
-    Raises
-    ------
-    ForkError
-        This process was forked while Lance was running.
-    """
-    if _lost_at_fork:
-        raise ForkError(
-            "Expected a process in which Lance can run, got one forked after Lance was in use "
-            "(a DataLoader worker started by fork?). Use num_workers=0: reading and decoding have threads of their "
-            'own. Or DataLoader(..., num_workers=n, multiprocessing_context="spawn").'
-        )
 
 
 LanceSampler = lance_sampler.Sampler
