@@ -14,6 +14,7 @@ from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
 from gpuload.pipeline import READ_THREADS, Read
 from gpuload.stages import Budget, ordered_map
+from gpuload.tables import one_batch
 from gpuload.tables.lance import LanceTable
 
 
@@ -84,8 +85,7 @@ def raw_batches(
     try:
         for step, table in tables:
             budget.leave()
-            joined = table.combine_chunks().to_batches()
-            batch = joined[0] if joined else pa.RecordBatch.from_pylist([], schema=table.schema)
+            batch = one_batch(table)
             yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)
     finally:
         tables.close()

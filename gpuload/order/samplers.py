@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError
 from gpuload.order.permutation import Permutation
-from gpuload.tables import Ranges, coalesce
+from gpuload.tables import Ranges, coalesce, one_batch
 from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler, LanceTable
 
 _BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
@@ -147,8 +147,7 @@ class PlanSampler(LanceSampler):
         for step in range(len(plan)):
             _, real = plan.size(step)
             if real:
-                table = source.read(plan.ranges(step)).slice(0, real)
-                yield table.combine_chunks().to_batches()[0]
+                yield one_batch(source.read(plan.ranges(step)).slice(0, real))
 
     def __repr__(self) -> str:
         random = f", randomize=True, seed={self._seed}" if self._randomize else ""

@@ -69,3 +69,41 @@ def coalesce(positions: NDArray[np.int64]) -> Ranges:
     first = positions[np.concatenate([[0], cut])]
     last = positions[np.concatenate([cut - 1, [len(positions) - 1]])]
     return np.stack([first, last + 1], axis=1)
+
+
+def one_batch(table: pa.Table, limit: int = 2**31 - 1) -> pa.RecordBatch:
+    """All rows of a table as one RecordBatch, its chunks joined.
+
+    A column in chunks with more than `limit` bytes becomes its large type, inside structs and lists too: the offsets of
+    ``binary`` end at 2 GiB. An extension type gives way to what it is stored as then.
+    """
+    arrays = [_joined(column, limit) for column in table.columns]
+    fields = [field.with_type(array.type) for field, array in zip(table.schema, arrays, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata=table.schema.metadata))
+
+
+def _joined(column: pa.ChunkedArray, limit: int) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if column.nbytes > limit:
+        stored = column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
+        large = _large(stored)
+        if large != stored:
+            chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
+            column = pa.chunked_array(chunks, stored).cast(large)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _large(kind: pa.DataType) -> pa.DataType:
+    """The same type with offsets of 64 bits."""
+    if pa.types.is_binary(kind):
+        return pa.large_binary()
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_large(kind.value_type)))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_large(kind.value_type)), kind.list_size)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_large(field.type)) for field in kind])
+    return kind
