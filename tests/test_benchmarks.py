@@ -79,6 +79,11 @@ def test_runs_of_rows(settings: Any, how: str) -> None:
     assert sum(load("bench_runs").CASES[f"4 rows a run: {how}"](settings)()) == _ROWS
 
 
+@pytest.mark.parametrize("case", ["in order, in pieces", "rows, alone", "rows, 4 together"])
+def test_batches_read_together(settings: Any, case: str) -> None:
+    assert list(load("bench_together").CASES[case](settings)()) == [8, 8, 8]
+
+
 @pytest.mark.parametrize(
     ("case", "rows"),
     [("decode calls", 128), ("decode calls, EXIF", 128), ("captions", 128), ("line, 2 threads", _ROWS)],

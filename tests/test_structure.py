@@ -22,7 +22,7 @@ LAYERS = """
 errors
 order order.philox order.permutation
 images images.transform
-tables tables.fork tables.malloc tables.projection tables.lance
+tables tables.together tables.fork tables.malloc tables.projection tables.lance
 order.samplers
 fields fields.columns
 kernels

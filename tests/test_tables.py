@@ -1,8 +1,11 @@
-"""A table on disk: whole columns of numbers, where columns come from, forks, and reads that pass Arrow's 2 GiB."""
+"""A table on disk: whole columns of numbers, forks, reads past Arrow's 2 GiB, and several batches in one read."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import lance.arrow
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support_samplers import python, write
+from support_samplers import EVERY, python, write
 
 from gpuload import ConfigError, LanceDataset, ShuffleSampler
 from gpuload.tables import one_batch
 from gpuload.tables.lance import LanceTable
+from gpuload.tables.together import read_many, read_together
 
 Store = Callable[..., str]
 
@@ -302,3 +306,112 @@ def test_batches_of_more_than_2_gib(tmp_path: Path, kind: str, shuffle: bool) ->
         assert column.type == pa.large_binary()
         assert {column[i].as_buffer()[:4].to_pybytes() for i in range(len(column))} == set(given.values())
         assert batch.num_rows == 33
+
+
+# -- several batches in one read -----------------------------------------------------------------------------------
+
+
+def ids(rows: pa.Table, index: Any) -> list[int]:
+    found: list[int] = rows.take(pa.array(index))["id"].to_pylist()
+    return found
+
+
+some_ranges = st.lists(
+    st.tuples(st.integers(0, 84), st.integers(0, 60)).map(lambda r: (r[0], min(r[0] + r[1], 85))),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(batches=st.lists(some_ranges, min_size=1, max_size=4), filtered=st.booleans())
+def test_a_read_of_many_batches_has_the_rows_of_each(rows: Any, batches: Any, filtered: bool) -> None:
+    table = LanceTable(rows, ["id", "prompt"], filter="id <> 5" if filtered else None)
+    batches = [np.minimum(np.array(batch), table.rows) for batch in batches]
+    found, index = read_many(table, batches)
+    everything = found["id"].to_pylist()
+    assert everything == sorted(set(everything))
+    for ranges, where in zip(batches, index, strict=True):
+        assert where.dtype == np.int64
+        assert ids(found, where) == table.read(ranges)["id"].to_pylist()
+
+
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call of Lance's `take`."""
+    asked: list[int] = []
+    real = lance.LanceDataset.take
+
+    def take(self: Any, indices: Any, *args: Any, **options: Any) -> pa.Table:
+        asked.append(len(indices))
+        return real(self, indices, *args, **options)
+
+    monkeypatch.setattr(lance.LanceDataset, "take", take)
+    return asked
+
+
+def plan(sampler: Any, table: LanceTable, batch_size: int = 8) -> list[Any]:
+    found = sampler.plan(table.rows, table.fragments, batch_size)
+    return [found.ranges(step) for step in range(len(found))]
+
+
+@pytest.mark.parametrize("kind", sorted(EVERY))
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_batches_read_together_are_the_same(rows: Any, kind: str, at_once: int) -> None:
+    table = LanceTable(rows, ["id"])
+    batches = plan(EVERY[kind](0, 1, 3), table)
+    together = [ids(*read()) for read in read_together(table, batches, at_once)]
+    assert together == [table.read(ranges)["id"].to_pylist() for ranges in batches]
+
+
+def test_scattered_batches_share_a_read_and_runs_do_not(rows: Any, takes: list[int]) -> None:
+    table = LanceTable(rows, ["id"])
+    for read in read_together(table, plan(ShuffleSampler(seed=1), table), 4):  # 11 batches, the last of 5 rows
+        read()
+    assert takes == [8, 32, 32, 13]  # the first alone
+    takes.clear()
+    for read in read_together(table, plan(ShuffleSampler(seed=1, block_size=4), table, 16)):
+        read()
+    assert takes == []  # each a scan of its own
+
+
+def test_one_thread_reads_for_all(rows: Any, takes: list[int]) -> None:
+    table = LanceTable(rows, ["id"])
+    batches = plan(ShuffleSampler(seed=1), table)
+    reads = list(read_together(table, batches, 4))[1:5]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda read: ids(*read()), reads))
+    assert found == [table.read(ranges)["id"].to_pylist() for ranges in batches[1:5]]
+    assert takes[0] == 32
+
+
+def test_a_shared_read_is_kept_no_longer_than_its_batches(rows: Any) -> None:
+    table = LanceTable(rows, ["id"])
+    reads = list(read_together(table, plan(ShuffleSampler(seed=1), table), 4))[1:5]
+    kept = weakref.ref(reads[0]()[0])
+    assert kept() is not None
+    for read in reads[1:]:
+        read()
+    gc.collect()
+    assert kept() is None  # although the functions are still there
+
+
+def test_an_error_stays_with_its_batch(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = LanceTable(rows, ["id"])
+    batches = plan(ShuffleSampler(seed=1), table)
+    broken = int(table.positions(batches[3])[0])
+    real = lance.LanceDataset.take
+
+    def take(self: Any, indices: Any, *args: Any, **options: Any) -> pa.Table:
+        if broken in indices:
+            raise OSError(f"row {broken} cannot be read")
+        return real(self, indices, *args, **options)
+
+    monkeypatch.setattr(lance.LanceDataset, "take", take)
+    for k, read in enumerate(read_together(table, batches, 4)):
+        if k == 3:
+            with pytest.raises(OSError, match=f"row {broken} cannot be read"):
+                read()
+        else:
+            rows_, index = read()
+            assert len(index) == len(ids(rows_, index)) > 0
