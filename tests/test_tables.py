@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -368,26 +369,48 @@ def test_scattered_batches_share_a_read_and_runs_do_not(rows: Any, takes: list[i
     table = LanceTable(rows, ["id"])
     for read in read_together(table, plan(ShuffleSampler(seed=1), table), 4):  # 11 batches, the last of 5 rows
         read()
-    assert takes == [8, 32, 32, 13]  # the first alone
+    assert takes == [8, 32, 32, 13]
     takes.clear()
     for read in read_together(table, plan(ShuffleSampler(seed=1, block_size=4), table, 16)):
         read()
     assert takes == []  # each a scan of its own
 
 
+def begun(table: LanceTable, batches: list[Any]) -> Iterator[Callable[[], Any]]:
+    """Reads in fours: the first batch, which has been read, says how large they are."""
+    reads = read_together(table, batches, 4)
+    next(reads)()
+    return reads
+
+
+def test_batches_are_alone_until_their_size_is_known(rows: Any, takes: list[int]) -> None:
+    table = LanceTable(rows, ["id"])
+    for read in list(read_together(table, plan(ShuffleSampler(seed=1), table), 4)):
+        read()
+    assert takes == [8] * 10 + [5]
+
+
+def test_a_read_of_several_holds_a_number_of_bytes(rows: Any, takes: list[int]) -> None:
+    table = LanceTable(rows, ["id"])
+    batches = plan(ShuffleSampler(seed=1), table)
+    for read in read_together(table, batches, 4, most_bytes=2 * 8 * 8):  # two batches of 8 rows of 8 bytes
+        read()
+    assert takes == [8] + [16] * 4 + [13]
+
+
 def test_one_thread_reads_for_all(rows: Any, takes: list[int]) -> None:
     table = LanceTable(rows, ["id"])
     batches = plan(ShuffleSampler(seed=1), table)
-    reads = list(read_together(table, batches, 4))[1:5]
+    reads = list(itertools.islice(begun(table, batches), 4))
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda read: ids(*read()), reads))
     assert found == [table.read(ranges)["id"].to_pylist() for ranges in batches[1:5]]
-    assert takes[0] == 32
+    assert takes[:2] == [8, 32]
 
 
 def test_a_shared_read_is_kept_no_longer_than_its_batches(rows: Any) -> None:
     table = LanceTable(rows, ["id"])
-    reads = list(read_together(table, plan(ShuffleSampler(seed=1), table), 4))[1:5]
+    reads = list(itertools.islice(begun(table, plan(ShuffleSampler(seed=1), table)), 4))
     kept = weakref.ref(reads[0]()[0])
     assert kept() is not None
     for read in reads[1:]:
@@ -399,7 +422,7 @@ def test_a_shared_read_is_kept_no_longer_than_its_batches(rows: Any) -> None:
 def test_an_error_stays_with_its_batch(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = LanceTable(rows, ["id"])
     batches = plan(ShuffleSampler(seed=1), table)
-    broken = int(table.positions(batches[3])[0])
+    broken = int(table.positions(batches[3])[0])  # in the group of batches 1 to 4
     real = lance.LanceDataset.take
 
     def take(self: Any, indices: Any, *args: Any, **options: Any) -> pa.Table:

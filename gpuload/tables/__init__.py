@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 Ranges = NDArray[np.int64]  # i64[N, 2]: half-open, in the order wanted
+_SCAN_RUN = 4  # mean rows per run from which take_scan is the faster: 0.63 of take at 1, 0.98 at 2, 1.37 at 4, 1.7 at 8
 
 
 class Table(Protocol):
@@ -69,6 +70,16 @@ def coalesce(positions: NDArray[np.int64]) -> Ranges:
     first = positions[np.concatenate([[0], cut])]
     last = positions[np.concatenate([cut - 1, [len(positions) - 1]])]
     return np.stack([first, last + 1], axis=1)
+
+
+def scattered(ranges: Ranges) -> bool:
+    """Whether so few neighbours are among the rows that they are taken one by one and not scanned."""
+    return size(ranges) < max(_SCAN_RUN * len(ranges), 1)
+
+
+def size(ranges: Ranges) -> int:
+    """How many rows half-open ranges have."""
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
 def one_batch(table: pa.Table, limit: int = 2**31 - 1) -> pa.RecordBatch:

@@ -25,11 +25,9 @@ from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError
 from gpuload.order.permutation import Permutation
-from gpuload.tables import Ranges, coalesce, expand, malloc
+from gpuload.tables import Ranges, coalesce, expand, malloc, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
-
-_SCAN_RUN = 4  # mean rows per run from which take_scan is the faster: 0.63 of take at 1, 0.98 at 2, 1.37 at 4, 1.7 at 8
 
 
 class LanceTable:
@@ -87,7 +85,7 @@ class LanceTable:
         self.rows = int(starts[-1])
         self._cache: lance.LanceDataset | None = None
         self._fingerprint: str | None = None
-        self._at_once = sys.maxsize  # rows of a read, less once so many overflowed
+        self._most_rows = sys.maxsize  # of a read; fewer once so many overflowed
 
     def positions(self, ranges: Ranges) -> NDArray[np.int64]:
         """Positions in the dataset of the rows at these indices, in order: i64[sum of lengths]."""
@@ -101,13 +99,13 @@ class LanceTable:
         joining them would copy every image. What passes the 2 GiB that a chunk of ``binary`` can hold is read in parts.
         """
         index = expand(ranges)
-        if len(index) <= self._at_once:
+        if len(index) <= self._most_rows:
             try:
                 return self._read(ranges)
             except (OSError, pa.ArrowInvalid) as error:
                 if "Offset overflow" not in str(error) or len(index) < 2:
                     raise
-            self._at_once = min(self._at_once, len(index) // 2)
+            self._most_rows = min(self._most_rows, len(index) // 2)
         half = len(index) // 2
         return pa.concat_tables([self.read(coalesce(index[:half])), self.read(coalesce(index[half:]))])
 
@@ -293,9 +291,7 @@ def scan_runs(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -
 
 
 def _rows(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -> pa.Table:
-    rows = int((ranges[:, 1] - ranges[:, 0]).sum())
-    read = scan_runs if rows and rows >= _SCAN_RUN * len(ranges) else take_rows
-    return read(dataset, columns, ranges)
+    return (take_rows if scattered(ranges) else scan_runs)(dataset, columns, ranges)
 
 
 def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gpuload.tables import Ranges, Table, coalesce, expand
+from gpuload.tables import Ranges, Table, coalesce, expand, scattered, size
 
 AT_ONCE = 4  # batches of a read; they stay in memory until the last of them is done with
-_SCATTERED = 4  # mean rows of a run below which batches gain by a read together, as `tables.lance` chooses its calls
+MOST_BYTES = (
+    64 << 20
+)  # of a read of several; where one batch is as large, what a call costs is nothing beside its bytes
 _PIECE = 32  # rows of a run that one thread of Lance decodes: 0.70 of the time of 128 in one, on two cores
 
 Rows = tuple[pa.Table, NDArray[np.int64]]  # a table and the places of a batch's rows in it, i64[rows of the batch]
@@ -41,30 +44,55 @@ def read_many(table: Table, batches: Sequence[Ranges]) -> tuple[pa.Table, list[N
     return table.read(_pieces(coalesce(rows))), np.split(where.astype(np.int64), ends[:-1])
 
 
-def read_together(table: Table, batches: Iterable[Ranges], at_once: int = AT_ONCE) -> Iterator[Callable[[], Rows]]:
+def read_together(
+    table: Table, batches: Iterable[Ranges], at_once: int = AT_ONCE, most_bytes: int = MOST_BYTES
+) -> Iterator[Callable[[], Rows]]:
     """One function a batch, which reads its rows; scattered ones share a read with their neighbours.
 
-    The functions may be called from any thread, each once: the first call of a group reads for all. The first batch is
-    alone, so that it comes early. Runs of neighbours are read batch by batch, since a longer one gains nothing.
+    The functions may be called from any thread, each once: the first call of a group reads for all, the others wait
+    for it, so that two groups are read at a time by `at_once` + 1 threads. Batches are alone until one has been read,
+    which says how large they are; runs of neighbours are always alone, since a longer one gains nothing.
+
+    Parameters
+    ----------
+    at_once : int
+        Batches of a read, at most.
+    most_bytes : int
+        What a read of several may hold, by the mean row of the last read.
     """
+    seen = _Seen()
     group: list[Ranges] = []
-    size = 1
+    rows = 0
     for ranges in batches:
         group.append(ranges)
-        if len(group) == size or len(expand(ranges)) >= _SCATTERED * len(ranges):
-            yield from _Group(table, group).parts()
-            group, size = [], at_once
+        rows += size(ranges)
+        full = len(group) >= at_once or rows + size(ranges) > seen.rows_in(most_bytes)  # another one would be too much
+        if full or not scattered(ranges):
+            yield from _Group(table, group, seen).parts()
+            group, rows = [], 0
     if group:
-        yield from _Group(table, group).parts()
+        yield from _Group(table, group, seen).parts()
+
+
+@dataclass
+class _Seen:
+    """The last read."""
+
+    rows: int = 0
+    bytes: int = 0
+
+    def rows_in(self, size: int) -> int:
+        """Rows that `size` bytes hold; none while nothing was read."""
+        return size * self.rows // max(self.bytes, 1)
 
 
 class _Group:
-    """Batches that share a read, kept until each has had its rows."""
+    """Batches that share a read, which is kept until each has had its rows."""
 
-    def __init__(self, table: Table, batches: list[Ranges]) -> None:
-        self._table, self._batches = table, batches
+    def __init__(self, table: Table, batches: list[Ranges], seen: _Seen) -> None:
+        self._table, self._batches, self._seen = table, batches, seen
         self._lock = threading.Lock()
-        self._rows: tuple[pa.Table, list[NDArray[np.int64]]] | None = None
+        self._found: tuple[pa.Table, list[NDArray[np.int64]]] | None = None
         self._failed = False
         self._left = len(batches)
 
@@ -73,19 +101,24 @@ class _Group:
 
     def _part(self, k: int) -> Rows:
         with self._lock:
-            if self._rows is None and not self._failed:
-                try:
-                    self._rows = read_many(self._table, self._batches)
-                except Exception:  # whose it is shows where each reads its own
-                    self._failed = True
-            if self._rows is not None:
-                rows, index = self._rows[0], self._rows[1][k]
+            if self._found is None and not self._failed:
+                self._read()
+            if self._found is not None:
+                rows, index = self._found
                 self._left -= 1
                 if not self._left:
-                    self._rows = None
-                return rows, index
-        rows, own = read_many(self._table, [self._batches[k]])
-        return rows, own[0]
+                    self._found = None
+                return rows, index[k]
+        rows, index = read_many(self._table, [self._batches[k]])
+        return rows, index[0]
+
+    def _read(self) -> None:
+        try:
+            self._found = read_many(self._table, self._batches)
+        except Exception:  # each then reads its own, so that the error comes where it belongs
+            self._failed = True
+        else:
+            self._seen.rows, self._seen.bytes = len(self._found[0]), self._found[0].nbytes
 
 
 def _pieces(ranges: Ranges) -> Ranges:
