@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gpuload import ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
-from gpuload.tables.lance import expand
+from gpuload.tables import expand
 
 SAMPLERS = {
     "batch": lambda rank, world: ShardedBatchSampler(rank, world),

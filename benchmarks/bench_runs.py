@@ -1,6 +1,7 @@
 """Scattered runs of neighbouring rows, read by Lance's `take` and by its `take_scan`: where one passes the other.
 
-The ratio is to `take`, by the length of a run; `source._SCAN_RUN` is chosen by it. Nothing is decoded.
+The ratio is to `take`, by the length of a run; the run from which `gpuload.tables.lance` scans is chosen by it.
+Nothing is decoded.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ def runs(length: int, scan: bool) -> harness.Case:
     """Batches made of runs of `length` rows in a random order; the last incomplete one is left out."""
 
     def case(settings: Any) -> harness.Job:
-        from gpuload.tables import lance as source
+        from gpuload.tables.lance import LanceTable, scan_runs, take_rows
 
-        source._SCAN_RUN = 1 if scan else settings.rows + 1
-        dataset = source.Source(data.dataset(settings, settings.version), columns=["image"])
-        starts = np.random.default_rng(0).permutation(dataset.rows // length) * length
+        table, read = LanceTable(data.dataset(settings, settings.version)), scan_runs if scan else take_rows
+        starts = np.random.default_rng(0).permutation(table.rows // length) * length
         many = max(1, settings.batch_size // length)
 
         def job() -> Iterator[int]:
             for k in range(0, len(starts) - many + 1, many):
                 first = starts[k : k + many]
-                yield touch(dataset.read(np.stack([first, first + length], axis=1)).column("image"))
+                ranges = np.stack([first, first + length], axis=1)
+                yield touch(read(table.lance, ["image"], ranges).column("image"))
 
         return job
 

@@ -39,7 +39,8 @@ from gpuload.order.foreign import raw_batches
 from gpuload.order.ranks import check_wrappers
 from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
-from gpuload.tables.lance import Source, check_fork, lance_running
+from gpuload.tables.fork import check_fork, lance_running
+from gpuload.tables.lance import LanceTable
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -175,10 +176,11 @@ class LanceDataset(IterableDataset[Batch]):
             readahead_bytes=readahead_bytes,
         )
         self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
-        self._source: Source | None = None
+        self._source: LanceTable | None = None
         self._decoder: Decoder | None = None
         self._begun: list[weakref.ref[Batches]] = []
         self._images: dict[str, int] = {}  # decoded by decoders that were closed
+        self._before: dict[str, int] = {}  # by the present one, before it was taken
         self._reset()
         if lance_running() or not isinstance(dataset, (str, Path)):
             self._open()
@@ -335,8 +337,12 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _decoded(self, decoder: Decoder) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could, since this object was made."""
-        found = _added(self._images, decoder.counts())
+        found = _added(self._images, self._counted(decoder))
         return {**found, "failed": found.get("failed", 0) + self._counts["images_refused"]}
+
+    def _counted(self, decoder: Decoder) -> dict[str, int]:
+        """What `decoder` has decoded since it was taken: one of the user's own may have worked before."""
+        return {name: count - self._before.get(name, 0) for name, count in decoder.counts().items()}
 
     def close(self) -> None:
         """End what still runs and free the decoder. The dataset can be used again."""
@@ -344,7 +350,7 @@ class LanceDataset(IterableDataset[Batch]):
             running.close()
         if self._decoder is not None:
             self._decoder.close()
-            self._images = _added(self._images, self._decoder.counts())
+            self._images = _added(self._images, self._counted(self._decoder))
             self._decoder = None
 
     def __enter__(self) -> LanceDataset:
@@ -356,7 +362,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
-        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images")
+        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -365,7 +371,8 @@ class LanceDataset(IterableDataset[Batch]):
 
     def _reset(self) -> None:
         self._columns: list[Column] = []
-        self._decoder, self._begun, self._images = None, [], {}
+        self._decoder, self._begun = None, []
+        self._images, self._before = {}, {}
         self._counts: Counter[str] = Counter()
         self._clocks: dict[str, Clock] = clocks(read_threads(threads_here()), self.num_threads or threads_here())
 
@@ -376,12 +383,12 @@ class LanceDataset(IterableDataset[Batch]):
     def _sampler(self) -> Any:
         return self._options.choose_sampler(self._ranks)
 
-    def _open(self) -> Source:
+    def _open(self) -> LanceTable:
         """The source, opened and its columns resolved on first use."""
         check_fork()
         options = self._options
         if self._source is None:
-            self._source = Source(options.dataset, **options.table())
+            self._source = LanceTable(options.dataset, **options.table())
             if not self._source.rows and options.filter is not None:
                 warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
         if not self._columns:
@@ -418,6 +425,7 @@ class LanceDataset(IterableDataset[Batch]):
             wish = "cpu" if wish == "auto" and not images else wish  # nothing to decode
             device, threads = self.device, self.num_threads or threads_here()
             self._decoder = make_decoder(wish, device, self.max_pixels, threads)
+            self._before = self._decoder.counts()
             for name in ("decode", "resize"):
                 self._clocks[name].threads = calls_at_once(self._decoder, threads)
         return self._decoder

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -29,6 +28,7 @@ from gpuload.errors import RowError
 from gpuload.fields import Fails, Field, Work
 from gpuload.order.draws import Draws
 from gpuload.stages import Budget, flat_map, ordered_map
+from gpuload.tables import Selection
 
 _SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
 _SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
@@ -44,12 +44,12 @@ def read_threads(cores: int) -> int:
 
 @dataclass
 class Read:
-    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get the table."""
+    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get them."""
 
     step: int
     rows: NDArray[np.int64]
     real: int
-    table: Callable[[], pa.Table]
+    selection: Callable[[], Selection]
 
 
 @dataclass
@@ -157,11 +157,11 @@ class Pipeline:
     @span("gpuload.read")
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but what is work for slices."""
-        table = read.table()
-        draft = Draft(read.step, read.rows, read.real, size=table.nbytes)
+        rows = read.selection()
+        draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
         draws = Draws(self._seed, self._epoch, read.rows)
         for each in self._fields:
-            taken = each.take(table, draws)
+            taken = each.take(rows, draws)
             draft.values.update(taken.values)
             draft.nulls.update({name: torch.from_numpy(flags) for name, flags in taken.nulls.items()})
             draft.fails += taken.fails

@@ -75,9 +75,13 @@ def test_raw_reading(settings: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["take", "take_scan"])
-def test_runs_of_rows(settings: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuload.tables.lance._SCAN_RUN", 8)  # restored afterwards
+def test_runs_of_rows(settings: Any, how: str) -> None:
     assert sum(load("bench_runs").CASES[f"4 rows a run: {how}"](settings)()) == _ROWS
+
+
+@pytest.mark.parametrize("case", ["in order, in pieces", "rows, alone", "rows, 4 together"])
+def test_batches_read_together(settings: Any, case: str) -> None:
+    assert list(load("bench_together").CASES[case](settings)()) == [8, 8, 8]
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,16 @@ def test_a_decoder_for_another_device_is_refused(pictures: str) -> None:
         list(LanceDataset(pictures, 4, decoder=decoder, device="cpu"))
 
 
-def test_images_that_were_decoded_are_counted_after_the_end(pictures: str) -> None:
-    with LanceDataset(pictures, 8, columns=["image"], device="cpu") as dataset:
+@pytest.mark.parametrize("own", [False, True])
+def test_images_that_were_decoded_are_counted_after_the_end(pictures: str, own: bool) -> None:
+    decoder = ByPillow()
+    with LanceDataset(pictures, 8, columns=["image"], device="cpu", decoder=decoder if own else "auto") as dataset:
         assert len(list(dataset)) == 5
         before = dataset.stats()["images"]
     assert dataset.stats()["images"] == before
     assert sum(before.values()) == 40
+    if own:
+        assert decoder.counts() == {"pillow": 40}
     assert len(list(dataset)) == 5
     assert sum(dataset.stats()["images"].values()) == 80
 

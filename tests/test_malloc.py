@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from gpuload.tables import malloc
+
 _COUNT = """
 import resource
 import numpy as np
@@ -42,3 +44,25 @@ def test_freed_blocks_are_kept_for_the_next_batch() -> None:
 def test_the_switch_leaves_the_allocator_alone() -> None:
     answer, _ = count("default")
     assert answer == "False False"
+
+
+class Glibc:
+    """A mallopt that takes no more than `most` for M_MMAP_THRESHOLD (-3); what it took."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, dict[int, int]()
+
+    def __call__(self, option: int, value: int) -> int:
+        if option == -3 and value > self.most:
+            return 0
+        self.taken[option] = value
+        return 1
+
+
+def test_where_the_first_answer_is_no_nothing_is_set() -> None:
+    """glibc up to 2.34: any other setting would end the adaptation of its thresholds."""
+    old, new = Glibc(32 << 20), Glibc(2**62)
+    assert not malloc.set_thresholds(old)
+    assert old.taken == {}
+    assert malloc.set_thresholds(new)
+    assert new.taken == {-3: 1 << 30, -1: 2**31 - 1, -8: 2}

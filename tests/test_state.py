@@ -19,7 +19,7 @@ from support_samplers import ELASTIC, EVERY, SHARDED, gpuload_threads, python, r
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gpuload import Image, LanceDataset, ShardedBatchSampler, ShuffleSampler, StateError, Text
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 
 RANDOM_CROPS = {"image": Image(size=16, crop="random", flip=0.5), "prompt": Text("bytes", max_length=20)}
 
@@ -381,8 +381,13 @@ def test_no_row_before_the_place_is_read(rows: Any, kind: str, monkeypatch: pyte
     other.load_state_dict(state)
     len(other)  # opened
     reads: list[list[list[int]]] = []
-    original = Source.read
-    monkeypatch.setattr(Source, "read", lambda self, ranges: (reads.append(ranges.tolist()), original(self, ranges))[1])
+    original = LanceTable.read
+
+    def read(self: LanceTable, ranges: Any) -> Any:
+        reads.append(ranges.tolist())
+        return original(self, ranges)
+
+    monkeypatch.setattr(LanceTable, "read", read)
     running = iter(other)
     assert same(next(running), rest[0])
     del running

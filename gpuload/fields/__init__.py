@@ -18,6 +18,7 @@ from gpuload.device import Streams
 from gpuload.errors import RowError
 from gpuload.images import Decoder
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 Fails = list[tuple[int, str, RowError]]  # (row of the batch, column, why)
 
@@ -158,7 +159,7 @@ class Field(Protocol):
 
     columns: list[Column]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws) -> Taken:
         """The batch's columns of `rows`, B of them."""
         ...
 

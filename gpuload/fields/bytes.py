@@ -11,6 +11,7 @@ from gpuload.fields import Column, Fails, Field, Known, Parts, Taken
 from gpuload.fields.image import is_image
 from gpuload.images import KINDS, Encoded, encoded, headers, pillow
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 _WITH_END = ("JPEG", "PNG")
 
@@ -37,8 +38,8 @@ class BytesField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.max_pixels) for column in columns]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
-        found, errors, read = encoded.from_arrow(rows.column(self._name))
+    def take(self, rows: Selection, draws: Draws) -> Taken:
+        found, errors, read = encoded.from_arrow(rows.table.column(self._name), rows.index)
         self._judge(found, errors)
         values = [None if i in errors else found.view(i) for i in range(len(found))]
         fails: Fails = [(i, self._name, error) for i, error in errors.items()]

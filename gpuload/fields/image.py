@@ -26,6 +26,7 @@ from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 _NATIVE = Image(size=None, dtype=torch.uint8)
 
@@ -67,8 +68,8 @@ class ImageField:
             seen.add(origin)
         return [cls(group, [streams[column.name] for column in group], parts) for group in groups.values()]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
-        found, errors, read = encoded.from_arrow(rows.column(self.columns[0].name))
+    def take(self, rows: Selection, draws: Draws) -> Taken:
+        found, errors, read = encoded.from_arrow(rows.table.column(self.columns[0].name), rows.index)
         table = headers.read(found)
         headers.judge(found, table, self._parts.max_pixels, errors)
         pillow.open_rest(found, table, self._parts.max_pixels, errors)

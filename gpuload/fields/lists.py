@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from gpuload.fields import Column, Field, Known, Parts, Taken, is_text
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 
 class ListField:
@@ -27,5 +28,5 @@ class ListField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws) -> Taken:
         return Taken({column.name: rows.column(column.name).to_pylist() for column in self.columns})

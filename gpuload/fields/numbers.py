@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gpuload.fields import Column, Field, Known, Parts, Taken
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 
 class NumberField:
@@ -31,7 +32,7 @@ class NumberField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws) -> Taken:
         taken = Taken()
         for column in self.columns:
             taken.values[column.name], nulls = to_tensor(rows.column(column.name))

@@ -20,6 +20,7 @@ from gpuload.clock import Clock
 from gpuload.errors import ConfigError, TextError, expect
 from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, is_text
 from gpuload.order.draws import Draws
+from gpuload.tables import Selection
 
 Ids = Sequence[Sequence[int]]  # of each text; bytes are a sequence of ids, too
 
@@ -86,7 +87,7 @@ class TextField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.tokenize) for column in columns]
 
-    def take(self, rows: pa.Table, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws) -> Taken:
         texts = [text or "" for text in _strings(rows.column(self._name))]
         with self._clock.timed():
             ids, mask, refused = self._tokens(texts)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from gpuload.errors import DecodeError
 from gpuload.images import Encoded
@@ -15,12 +16,16 @@ from gpuload.images import Encoded
 _OFFSETS = {pa.binary(): np.int32, pa.string(): np.int32, pa.large_binary(): np.int64, pa.large_string(): np.int64}
 
 
-def from_arrow(column: pa.ChunkedArray) -> tuple[Encoded, dict[int, DecodeError], int]:
+def from_arrow(
+    column: pa.ChunkedArray, index: NDArray[np.int64] | None = None
+) -> tuple[Encoded, dict[int, DecodeError], int]:
     """The images of a column of any stored form.
 
     Parameters
     ----------
     column : binary, large_binary, another binary type (cast, which copies), struct<bytes, path>, or an extension of one
+    index : i64[N], optional
+        The values that are wanted; all by default.
 
     Returns
     -------
@@ -48,6 +53,9 @@ def from_arrow(column: pa.ChunkedArray) -> tuple[Encoded, dict[int, DecodeError]
         owner.append(array)
         start += len(array)
     encoded = Encoded(np.concatenate(at), np.concatenate(size), owner)
+    if index is not None:
+        encoded = encoded.take(index)
+        paths = {k: paths[i] for k, i in enumerate(index.tolist()) if i in paths} if paths else {}
     errors, read = _read_files(encoded, paths, owner) if paths else ({}, 0)
     return encoded, errors, read
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from gpuload.clock import Clock
 from gpuload.device import one_torch_thread
-from gpuload.order.joined import joined
 from gpuload.order.samplers import PlanSampler
 from gpuload.pipeline import Read
 from gpuload.stages import Budget, ordered_map
-from gpuload.tables.lance import Source
+from gpuload.tables import Selection, one_batch
+from gpuload.tables.lance import LanceTable
 
 
 def told(sampler: Any) -> tuple[int, int] | None:
@@ -33,7 +33,9 @@ def follow(sampler: Any, epoch: int) -> None:
         sampler.set_epoch(epoch)
 
 
-def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int, filter: str | None) -> Iterator[Read]:
+def foreign_reads(
+    sampler: Any, source: LanceTable, batch_size: int, readahead: int, filter: str | None
+) -> Iterator[Read]:
     """Reads of exactly `batch_size` rows from the RecordBatches that the sampler yields; the last may be shorter.
 
     Positions are Lance's row ids where the sampler gives them, else the running number of the row.
@@ -55,7 +57,7 @@ def foreign_reads(sampler: Any, source: Source, batch_size: int, readahead: int,
         missing = [name for name in source.schema.names if name not in table.schema.names]
         if missing:
             raise ValueError(f"Expected the columns {source.schema.names} from {sampler!r}, got none named {missing}.")
-        yield Read(step, rows, len(table), functools.partial(table.select, source.schema.names))
+        yield Read(step, rows, len(table), functools.partial(Selection, table.select(source.schema.names)))
 
 
 def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
@@ -84,21 +86,22 @@ def raw_batches(
     clock: Clock,
 ) -> Iterator[tuple[int, Any]]:
     """(step, RecordBatch or what `function` makes of it); rows that would only fill up a rank are left out."""
-    budget = Budget(reads, ahead_bytes)
+    budget = Budget(reads, ahead_bytes, ahead)
 
     def fetch(read: Read) -> tuple[int, pa.Table]:
-        table = read.table()
+        table = read.selection().head(read.real)
         budget.weigh(table.nbytes)
-        return read.step, table.slice(0, read.real)
+        return read.step, table
 
     tables = ordered_map(
-        fetch, budget, threads=clock.threads, ahead=ahead, name="read", clock=clock, initializer=one_torch_thread,
+        fetch, budget, threads=clock.threads, name="read", clock=clock, initializer=one_torch_thread,
         size=lambda found: found[1].nbytes,
     )  # fmt: skip
     try:
         for step, table in tables:
             budget.leave()
-            batch = joined(table)
+            tables.ready()  # starts what may be under way while the loop works
+            batch = one_batch(table)
             yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)
     finally:
         tables.close()

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from gpuload.errors import ConfigError, expect_int
 from gpuload.order import Cut, Order, Ranges, coalesce
 from gpuload.order.cut import FixedSize
-from gpuload.order.joined import joined
 from gpuload.order.orders import Blocks, Fragments, InTurn, ShuffledBatches
 from gpuload.order.permutation import Permutation
 from gpuload.order.ranks import Ranks
-from gpuload.tables.lance import LanceSampler, Source
+from gpuload.tables import one_batch
+from gpuload.tables.lance import LanceSampler, LanceTable
 
 Self = TypeVar("Self", bound="PlanSampler")
 
@@ -95,7 +95,7 @@ class PlanSampler(LanceSampler):
         order = self.order(rows, fragments, max(1, batch_size))  # the cut refuses a batch of none
         return FixedSize(order, batch_size, *self._ranks.resolve(), drop_last, start)
 
-    def cut(self, table: Source, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
+    def cut(self, table: LanceTable, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
         """One rank's epoch over `table`: what reads a column first, or cuts otherwise, overrides this."""
         return self.plan(table.rows, table.fragments, batch_size, drop_last=drop_last, start=start)
 
@@ -115,12 +115,12 @@ class PlanSampler(LanceSampler):
         **kwargs: Any,
     ) -> Generator[pa.RecordBatch, None, None]:
         """Lance's protocol: the rows of this rank as RecordBatches of `batch_size`, without fill-up rows."""
-        source = Source(ds, columns, filter, with_row_id=bool(with_row_id))
+        source = LanceTable(ds, columns, filter, with_row_id=bool(with_row_id))
         cut = self.cut(source, batch_size)
         for step in range(len(cut)):
             rows = cut(step)
             if rows.real:
-                yield joined(source.read(coalesce(rows.row[: rows.real])))
+                yield one_batch(source.read(coalesce(rows.row[: rows.real])))
 
     def __repr__(self) -> str:
         random = f", randomize=True, seed={self._seed}" if self._randomize else ""

@@ -10,19 +10,30 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 @functools.cache
 def tune() -> bool:
-    """Set glibc's thresholds once per process. False where it is not glibc or GPULOAD_MALLOC=default."""
+    """Set glibc's thresholds once per process. False where it is not glibc, too old, or GPULOAD_MALLOC=default."""
     if os.environ.get("GPULOAD_MALLOC") == "default":
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 2))
-    taken = [mallopt(option, value) == 1 for option, value in settings]
+    return set_thresholds(mallopt)
+
+
+def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
+    """Keep blocks of up to 1 GiB, unless the first answer is no: then nothing else is set.
+
+    glibc up to 2.34 refuses a threshold above 32 MiB. Left alone it raises its thresholds to that by itself, as blocks
+    are freed; setting any other would end this, with the trim threshold at the 128 KiB it starts from.
+    """
+    if mallopt(_M_MMAP_THRESHOLD, 1 << 30) != 1:
+        return False
+    taken = [mallopt(option, value) == 1 for option, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 2))]
     return all(taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,21 @@ def _field(dataset: Any, schema: pa.Schema, name: str, text: str, sql: bool) -> 
             field = field.type.field(part)
         return Field(name, pa.large_binary() if blob else field.type, path, ".".join(map(_quote, path)), blob)
     if not sql:
-        near = difflib.get_close_matches(text, schema.names, 1)
         raise ConfigError(
-            f"Expected columns of {dataset.uri}, which are {schema.names}; got {text!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            f"Expected columns of {dataset.uri}, which are {schema.names}; got {text!r}.{near(text, schema.names)}"
         )
     try:
         return Field(name, dataset.scanner(columns={name: text}).projected_schema.field(name).type, (), text)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0].split(", /")[0]
-        raise ConfigError(f"Lance refused the expression {text!r} of column {name!r}: {reason}") from error
+        hint = near(text, schema.names)
+        raise ConfigError(f"Lance refused the expression {text!r} of column {name!r}: {reason}{hint}") from error
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A question that names the known name most like this one, with a space before it; empty where none is."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def _path(schema: pa.Schema, text: str) -> tuple[str, ...]:

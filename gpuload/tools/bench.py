@@ -14,7 +14,7 @@ from gpuload.dataset import LanceDataset
 from gpuload.device import threads_here
 from gpuload.fields.text import Text
 from gpuload.images.transform import Image
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 from gpuload.tools.describe import columns
 from gpuload.tools.trace import Trace
 
@@ -72,7 +72,7 @@ def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = 
 def prepare(uri: str, batch_size: int, size: int, threads: int | None, shuffle: str | None) -> LanceDataset:
     """The dataset with every image cropped to `size` and every text as bytes, as many a training would have it."""
     transforms: dict[str, Image | Text] = {}
-    for column in columns(Source(uri)):
+    for column in columns(LanceTable(uri)):
         if column.role == "image":
             transforms[column.name] = Image(size, crop="random", flip=0.5)
         elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):

@@ -138,10 +138,10 @@ def inspect(
     dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
 ) -> None:
     """Show what a Lance dataset holds: columns and their roles, rows, fragments, bytes, formats and sizes of images."""
-    from gpuload.tables.lance import Source
+    from gpuload.tables.lance import LanceTable
     from gpuload.tools.describe import columns, facts, form, image_sample
 
-    source, console = Source(dataset), _console()
+    source, console = LanceTable(dataset), _console()
     found = columns(source)
     console.print(f"[bold]{_plain(source.uri)}[/bold]")
     _table(console, ("", ""), facts(source), named=False)
@@ -166,11 +166,11 @@ def view(
 ) -> None:
     """Draw a contact sheet of a batch, decoded as for training; rows that cannot be decoded are crossed out."""
     from gpuload.dataset import LanceDataset
-    from gpuload.tables.lance import Source
+    from gpuload.tables.lance import LanceTable
     from gpuload.tools.describe import caption_column, class_names, image_column
     from gpuload.tools.sheet import contact_sheet
 
-    source = Source(dataset)
+    source = LanceTable(dataset)
     image, caption = image_column(source, image), caption or caption_column(source)
     if start >= source.rows:
         raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")

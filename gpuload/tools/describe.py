@@ -1,6 +1,6 @@
 """What a Lance dataset holds, in words, and which of its columns to look at.
 
-Enter: a `Source`. Leave: pairs of a name and a text. A few image headers are read, never all rows.
+Enter: a `LanceTable`. Leave: pairs of a name and a text. A few image headers are read, never all rows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from PIL import Image, UnidentifiedImageError
 from gpuload.errors import ConfigError
 from gpuload.fields import Column
 from gpuload.fields.choose import resolve
-from gpuload.tables.lance import Source
+from gpuload.tables.lance import LanceTable
 
 SAMPLE = 64  # rows whose image headers are looked at, drawn at random
 
 
-def facts(source: Source) -> list[tuple[str, str]]:
+def facts(source: LanceTable) -> list[tuple[str, str]]:
     """Rows, fragments, versions, storage format and bytes."""
     lance = source.lance
     fragments, versions = lance.get_fragments(), lance.versions()
@@ -43,7 +43,7 @@ def facts(source: Source) -> list[tuple[str, str]]:
     return found
 
 
-def image_sample(source: Source, name: str) -> list[tuple[str, str]]:
+def image_sample(source: LanceTable, name: str) -> list[tuple[str, str]]:
     """Formats, modes, sizes and bytes of the images of some rows, from their headers."""
     draw = np.random.default_rng(0)
     rows = np.sort(draw.choice(source.rows, min(SAMPLE, source.rows), replace=False, shuffle=False))
@@ -74,19 +74,19 @@ def image_sample(source: Source, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def columns(source: Source) -> list[Column]:
+def columns(source: LanceTable) -> list[Column]:
     """Every column with the role it has without any transform."""
     return resolve(source.schema, {}, source.first_value)
 
 
-def form(source: Source, column: Column) -> str:
+def form(source: LanceTable, column: Column) -> str:
     """What the column is in a batch; the names of its classes if it has any."""
     names = class_names(source, column.name)
     shown = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
     return f"{column.form}; {len(names):,} classes: {shown}" if names else column.form
 
 
-def class_names(source: Source, name: str) -> list[str]:
+def class_names(source: LanceTable, name: str) -> list[str]:
     """What the numbers of a Hugging Face ClassLabel column mean; empty if it is none."""
     try:
         feature = json.loads((source.schema.metadata or {})[b"huggingface"])["info"]["features"][name]
@@ -95,7 +95,7 @@ def class_names(source: Source, name: str) -> list[str]:
         return []
 
 
-def image_column(source: Source, name: str | None = None) -> str:
+def image_column(source: LanceTable, name: str | None = None) -> str:
     """The column of images with this name, or the first."""
     found = columns(source)
     for column in found:
@@ -105,7 +105,7 @@ def image_column(source: Source, name: str | None = None) -> str:
     raise ConfigError(f"Expected {wanted} in {source.uri!r}, found {[f'{c.name} ({c.role})' for c in found]}.")
 
 
-def caption_column(source: Source) -> str | None:
+def caption_column(source: LanceTable) -> str | None:
     """The first column of texts, or of class names; a path only where there is nothing else."""
     found = columns(source)
     texts = [column.name for column in found if column.form == "list[str]"]
