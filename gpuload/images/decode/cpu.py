@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from gpuload.errors import DecodeError
 from gpuload.images import PIXELS, Encoded, Ragged
+from gpuload.images.decode import line
 from gpuload.images.decode.host import MAX_PIXELS, Host
-from gpuload.images.decode.line import Line, available
 
 _LEAST = 1 << 20  # bytes
 
@@ -56,12 +56,14 @@ class CpuDecoder:
         headers: NDArray[np.void],
         windows: NDArray[np.int64],
         scales: NDArray[np.int64] | None = None,
-    ) -> Line | None:
+    ) -> line.Line | None:
         """What decodes and resizes a batch in one native call a slice; None where there is no such call.
 
         Parameters are those of `decode`. Nothing is decoded yet.
         """
-        return Line(encoded, headers, windows, scales, self.decode, self._host.count) if available() else None
+        if not line.available():
+            return None
+        return line.Line(encoded, headers, windows, scales, self.decode, self._host.count)
 
     def counts(self) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could."""
