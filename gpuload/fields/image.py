@@ -124,11 +124,7 @@ class _Work:
             return [(i, o.name, error) for o in self._outputs for i, error in filled.errors.items()], None
         decoder, part = self._parts.decoder, slice(lo, hi)
         windows = None if self._windows is None else self._windows[part]
-        if self._scales is not None and isinstance(decoder, CpuDecoder):
-            ragged = decoder.decode(self._encoded[part], self._headers[part], windows, self._scales[part])
-        else:
-            ragged = decoder.decode(self._encoded[part], self._headers[part], windows)
-        with ragged:
+        with decoder.decode(self._encoded[part], self._headers[part], windows) as ragged:
             for output in self._outputs:
                 self._resize(ragged, output, lo, hi)
             event = self._parts.streams.mark()
