@@ -21,7 +21,7 @@ class BytesField:
     `formats` are what the later decoder reads, in the words of `KINDS`; everything else falls under the policy.
     """
 
-    transform = None
+    transform: None = None  # written out: mypy reads choose.py before this file's values
 
     def __init__(self, column: Column, max_pixels: int) -> None:
         self.columns, self._name, self._max_pixels = [column], column.name, max_pixels
