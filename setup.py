@@ -6,18 +6,15 @@ import sys
 from setuptools import Extension, setup
 
 flags = list(runpy.run_path("kernels/flags.py")["CXX"])
-resize = Extension(
-    "gpuload.kernels._resize",  # a plain C library, loaded with ctypes
-    sources=["kernels/resize_cpu.cpp"],
-    depends=["kernels/resize_cpu_body.h", "kernels/resize_normalize.cu", "kernels/cpu_shim.h", "kernels/flags.py"],
-    language="c++",
-    extra_compile_args=[*flags, "-g0"],
-    optional=True,
-)
-jpeg = Extension(
-    "gpuload.kernels._jpeg",
-    sources=["kernels/jpeg_region.cpp"],
-    depends=["kernels/jpeg_huffman.h", "kernels/flags.py"],
+cpu = Extension(
+    "gpuload.kernels._cpu",  # a plain C library, loaded with ctypes: decoding, resize, and both in one call
+    sources=["kernels/slice_cpu.cpp"],
+    depends=[
+        *(f"kernels/{name}.cpp" for name in ("jpeg_region", "resize_cpu")),
+        *(f"kernels/{name}.h" for name in ("jpeg_huffman", "resize_cpu_body", "cpu_shim")),
+        "kernels/resize_normalize.cu",
+        "kernels/flags.py",
+    ],
     language="c++",
     extra_compile_args=[*flags, "-g0"],
     optional=True,
@@ -30,4 +27,4 @@ tables = Extension(
     extra_compile_args=[*flags, "-g0"],
     optional=True,
 )
-setup(ext_modules=[resize, jpeg, tables] if sys.platform != "win32" else [])
+setup(ext_modules=[cpu, tables] if sys.platform != "win32" else [])

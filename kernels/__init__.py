@@ -32,6 +32,20 @@ ROW = np.dtype(  # struct Row of resize_normalize.cu
         ("reserved", np.int32),
     ]
 )
+OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
+    [
+        ("views", np.uint64),
+        ("count", np.int64),
+        ("out", np.uint64),
+        ("affine", np.float32, (6,)),
+        ("type", np.int32),
+        ("height", np.int32),
+        ("width", np.int32),
+        ("channels", np.int32),
+        ("channels_last", np.int32),
+        ("reserved", np.int32),
+    ]
+)
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 _TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
@@ -54,9 +68,15 @@ def load(path: Path) -> ctypes.CDLL:
 
 @cache
 def cpu_library() -> ctypes.CDLL | None:
-    """The CPU build that came with the installation, None if there is none."""
-    found = sorted(_FOLDER.glob("_resize*.so"))
-    return load(found[0]) if found else None
+    """The CPU build that came with the installation, None if there is none: decoding, resize, and both in one call."""
+    found = sorted(_FOLDER.glob("_cpu*.so"))
+    if not found:
+        return None
+    library, pointer, number = load(found[0]), ctypes.c_void_p, ctypes.c_int64
+    library.gpuload_fill.argtypes = [pointer, number, number, pointer, number, pointer]
+    library.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
+    library.gpuload_jpeg_read.argtypes = [pointer, number]
+    return library
 
 
 def load_tables(path: Path) -> ctypes.CDLL:
@@ -147,6 +167,59 @@ def run_cpu(
     )
     if code:
         raise MemoryError(f"Expected memory for the resize of {n} images, got none.")
+
+
+def output(views: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32]) -> tuple[Any, ...]:
+    """A row of OUTPUT: where the pixels of M views go, for `run_fill`.
+
+    Parameters
+    ----------
+    views : VIEW[M]
+        Contiguous.
+    out, affine
+        As for `run_cpu`.
+    """
+    n, channels, height, width = out.shape
+    last, number = not out.is_contiguous(), _NUMBERS[out.dtype]
+    return views.ctypes.data, n, out.data_ptr(), affine, number, height, width, channels, last, 0
+
+
+def run_fill(
+    library: ctypes.CDLL, parts: NDArray[np.void], first: int, outputs: NDArray[np.void]
+) -> tuple[int, int, float]:
+    """Decode N JPEG files, and resize the views of each at once, on the calling thread.
+
+    Parameters
+    ----------
+    library : CDLL
+        From `cpu_library`, opened on Pillow's libjpeg.
+    parts : PART[N]
+        Contiguous; `status` says what to do, and then what was done: see slice_cpu.cpp.
+    first : int
+        Number that the views have for the first of these images.
+    outputs : OUTPUT[K]
+
+    Returns
+    -------
+    (int, int, float)
+        Images decoded, images left to others, seconds spent on resizing.
+
+    Raises
+    ------
+    ValueError
+        A view is of none of these images.
+    MemoryError
+    """
+    tally = np.zeros(3, np.int64)
+    code = library.gpuload_fill(
+        parts.ctypes.data, len(parts), first, outputs.ctypes.data, len(outputs), tally.ctypes.data
+    )
+    if code == 2:
+        raise ValueError(f"Expected views of the images {first} to {first + len(parts) - 1}, got another.")
+    if code:
+        raise MemoryError(f"Expected memory for decoding and resizing {len(parts)} images, got none.")
+    decoded, left, nanoseconds = tally.tolist()
+    return decoded, left, nanoseconds / 1e9
 
 
 def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32]) -> None:

@@ -26,7 +26,9 @@ struct Part {                // PART of gpuload/images/decode/libjpeg.py
   int32_t eighths;           // scale: 8 is the image's own size; 4, 2, 1 halve it again and again in the DCT
   int32_t status;            // 0 decoded, 1 not a JPEG this can read, or anything wrong with it: decode it otherwise
   int32_t theirs;            // 1: libjpeg is to decode the coefficients; leaves as who did
+  int32_t orientation, whole_w, whole_h, reserved;  // of the image, for slice_cpu.cpp
 };
+static_assert(sizeof(Part) == 80, "Part and PART differ");
 
 // libjpeg's binary interface, version 6.2 on LP64: the members used here, at their places.
 struct Common;

@@ -99,12 +99,21 @@ struct AxisBuffer {
   std::vector<Window> windows;
 };
 
+int bytes_of(int type) { return type == 0 ? 4 : type == 3 ? 1 : 2; }
+
+struct Buffers {  // of a thread, kept: a call may be for one image
+  AxisBuffer u, v;
+  std::vector<float> lines, quads, pixels;
+};
+
 void resize_all(const Row* rows, i64 count, const Job& job) {
   static Run* const run = pick();
+  static thread_local Buffers kept;
   const i64 size = job.channels * job.plane, wide = std::max(job.out_h, job.out_w);
-  const int bytes = job.type == 0 ? 4 : job.type == 3 ? 1 : 2;
-  AxisBuffer ub, vb;
-  std::vector<float> lines, quads, buffer(3 * (wide + 4) + 4);
+  const int bytes = bytes_of(job.type);
+  AxisBuffer &ub = kept.u, &vb = kept.v;
+  std::vector<float>&lines = kept.lines, &quads = kept.quads, &buffer = kept.pixels;
+  if (buffer.size() < (size_t)(3 * (wide + 4) + 4)) buffer.resize(3 * (wide + 4) + 4);
   for (i64 n = 0; n < count; ++n) {
     const Row& r = rows[n];
     if (r.height <= 0) {

@@ -3,13 +3,15 @@
 One field a stored column: its outputs share what is read, the headers and what is decoded; each has views of its own.
 
 Arrow ─▶ Encoded ─▶ HEADER, judged ─▶ VIEW of each output ─▶ windows ║ decode ─▶ Ragged ─▶ resize, into the batch
-                    one native call a batch                          ║ in slices, on threads
+                    one native call a batch                          ║ in slices, on threads; on the CPU the two are
+                                                                     ║ one native call a slice
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, storage_ty
 from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.decode.line import Target
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
@@ -103,6 +106,9 @@ class _Work:
         self._encoded, self._headers, self._outputs, self._parts = found, table, outputs, parts
         self._lock = threading.Lock()
         self._windows, self._scales = self._plan()
+        self._line = None
+        if self._windows is not None and isinstance(parts.decoder, CpuDecoder):
+            self._line = parts.decoder.line(found, table, self._windows, self._scales)
         self.cost = found.size
         self.size = sum(_bytes(output.image, table) for output in outputs)
         for output in outputs:
@@ -112,13 +118,14 @@ class _Work:
                 self._room(output)
 
     def run(self, lo: int, hi: int) -> tuple[Fails, Any]:
+        if self._line is not None:
+            targets = [Target(o.views[lo:hi], o.image, self._room(o)[lo:hi]) for o in self._outputs]
+            filled = self._line.fill(lo, hi, targets)
+            self._parts.resize.worked(time.perf_counter() - filled.resized)  # added up, and drawn at the slice's end
+            return [(i, o.name, error) for o in self._outputs for i, error in filled.errors.items()], None
         decoder, part = self._parts.decoder, slice(lo, hi)
         windows = None if self._windows is None else self._windows[part]
-        if self._scales is not None and isinstance(decoder, CpuDecoder):
-            ragged = decoder.decode(self._encoded[part], self._headers[part], windows, self._scales[part])
-        else:
-            ragged = decoder.decode(self._encoded[part], self._headers[part], windows)
-        with ragged:
+        with decoder.decode(self._encoded[part], self._headers[part], windows) as ragged:
             for output in self._outputs:
                 self._resize(ragged, output, lo, hi)
             event = self._parts.streams.mark()

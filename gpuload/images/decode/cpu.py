@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpuload.errors import DecodeError
 from gpuload.images import PIXELS, Encoded, Ragged
+from gpuload.images.decode import line
 from gpuload.images.decode.host import MAX_PIXELS, Host
 
 _LEAST = 1 << 20  # bytes
@@ -48,6 +49,21 @@ class CpuDecoder:
         if errors:
             self._host.count("failed", len(errors))
         return Ragged(torch.from_numpy(self._arena(0, 0)), table, errors)
+
+    def line(
+        self,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        windows: NDArray[np.int64],
+        scales: NDArray[np.int64] | None = None,
+    ) -> line.Line | None:
+        """What decodes and resizes a batch in one native call a slice; None where there is no such call.
+
+        Parameters are those of `decode`. Nothing is decoded yet.
+        """
+        if not line.available():
+            return None
+        return line.Line(encoded, headers, windows, scales, self.decode, self._host.count)
 
     def counts(self) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could."""

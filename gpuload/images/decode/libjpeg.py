@@ -34,6 +34,10 @@ PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
         ("eighths", np.int32),
         ("status", np.int32),
         ("theirs", np.int32),
+        ("orientation", np.int32),
+        ("whole_w", np.int32),
+        ("whole_h", np.int32),
+        ("reserved", np.int32),
     ]
 )
 BLOCK = 32  # pixels: how far to the left of the window decoding may begin (four blocks of eight)
@@ -43,15 +47,12 @@ _EIGHTHS = np.array([1, 2, 4, 8])  # the scales whose DCT is vectorised
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled reader on Pillow's libjpeg, None where either is missing or of another kind."""
-    built = sorted(Path(kernels.__file__).parent.glob("_jpeg*.so"))
+    built = kernels.cpu_library()
     home = Path(PIL.__file__).parent
     found = [*home.parent.glob("pillow.libs/libjpeg-*.so*"), *home.glob(".dylibs/libjpeg*.dylib")]
-    if not built or not found:
+    if built is None or not found:
         return None
-    loaded = ctypes.CDLL(str(built[0]))
-    loaded.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
-    loaded.gpuload_jpeg_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    return None if loaded.gpuload_jpeg_open(str(found[0]).encode()) else loaded
+    return None if built.gpuload_jpeg_open(str(found[0]).encode()) else built
 
 
 @cache
@@ -92,7 +93,8 @@ def parts(
         Eighths to decode to.
     """
     found = np.zeros(len(headers), PART)
-    found["channels"] = headers["channels"]
+    found["channels"], found["orientation"] = headers["channels"], headers["orientation"]
+    found["whole_h"], found["whole_w"] = headers["height"], headers["width"]
     found["eighths"] = eighths = np.full(len(headers), 8) if scales is None else scales
     heights, widths = scaled(headers["height"], eighths), scaled(headers["width"], eighths)
     if windows is None:
