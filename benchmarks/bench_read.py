@@ -15,10 +15,12 @@ import pyarrow as pa
 
 def touch(column: Any) -> int:
     """Read one byte of every page of a binary column; rows in it."""
-    from gpuload.fields.columns import byte_views
+    from gpuload.images.encoded import from_arrow
 
     chunked = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
-    for view in byte_views(chunked):
+    encoded, _, _ = from_arrow(chunked)
+    for i in range(len(encoded)):
+        view = encoded.view(i)
         if view is not None:
             view[::4096].sum()
     return len(chunked)
