@@ -39,11 +39,11 @@ def together(sampler: Any, at_once: int) -> harness.Case:
         def job() -> Iterator[int]:
             touched = None
             for read in read_together(table, (plan.ranges(step) for step in range(len(plan))), at_once):
-                rows, index = read()
-                if rows is not touched:  # once, as each image is decoded once
-                    touch(rows.column("image"))
-                touched = rows
-                yield len(index)
+                rows = read()
+                if rows.table is not touched:  # once, as each image is decoded once
+                    touch(rows.table.column("image"))
+                touched = rows.table
+                yield rows.size
 
         return job
 

@@ -133,7 +133,7 @@ def test_importing_gpuload_imports_no_package_that_is_optional() -> None:
 
 
 def test_importing_gpuload_starts_no_thread_and_no_lance() -> None:
-    program = "import threading, gpuload; from gpuload.tables.lance import lance_running as running"
+    program = "import threading, gpuload; from gpuload.tables.fork import lance_running as running"
     assert run(program + "; print(threading.active_count(), running())") == "1 False"
 
 
