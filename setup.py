@@ -21,7 +21,7 @@ cpu = Extension(
 )
 tables = Extension(
     "gpuload.kernels._tables",
-    sources=["kernels/headers.cpp", "kernels/order.cpp"],
+    sources=["kernels/headers.cpp", "kernels/order.cpp", "kernels/views.cpp"],
     depends=["kernels/flags.py"],
     language="c++",
     extra_compile_args=[*flags, "-g0"],

@@ -178,6 +178,9 @@ class Pipeline:
         slices = [Slice(draft, None)] if self._streams.cuda else []  # what is finished has a way of its own
         for work in draft.works:
             rows, most = self._slice(work.cost)
+            if rows >= len(work.cost) and most == sys.maxsize:
+                slices.append(Slice(draft, work, 0, len(work.cost), int(work.cost.sum())))
+                continue
             ends = np.cumsum(work.cost)
             lo, before = 0, 0
             while lo < len(ends):

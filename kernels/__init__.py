@@ -80,20 +80,23 @@ def cpu_library() -> ctypes.CDLL | None:
 
 
 def load_tables(path: Path) -> ctypes.CDLL:
-    """A library built from headers.cpp and order.cpp. Calls release the GIL and may run at the same time."""
+    """A library built from headers.cpp, order.cpp and views.cpp. Calls release the GIL and may run at the same time."""
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.gpuload_headers.argtypes, library.gpuload_headers.restype = [pointer, pointer, number, pointer], None
     words, small = [ctypes.c_uint32, ctypes.c_uint64], ctypes.c_int
     library.gpuload_uniform.argtypes, library.gpuload_uniform.restype = [pointer, number, number, *words, pointer], None
     library.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
-    library.gpuload_permute.restype = None
+    library.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
+    library.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
+    for function in (library.gpuload_permute, library.gpuload_windows, library.gpuload_pointers):
+        function.restype = None
     return library
 
 
 @cache
 def tables_library() -> ctypes.CDLL | None:
-    """The reader of headers and the random orders that came with the installation, None if there are none."""
+    """What fills tables, as it came with the installation, None if it did not."""
     found = sorted(_FOLDER.glob("_tables*.so"))
     return load_tables(found[0]) if found else None
 
@@ -135,6 +138,32 @@ def run_permute(
     library.gpuload_permute(
         index.ctypes.data, len(index), n, *bits, keys.ctypes.data, len(keys), backwards, out.ctypes.data
     )
+
+
+def run_windows(
+    library: ctypes.CDLL,
+    views: NDArray[np.void],
+    headers: NDArray[np.void],
+    size: tuple[int, int],
+    scales: NDArray[np.int64] | None,
+    out: NDArray[np.int64],
+) -> None:
+    """Fill `out`, i64[N, 4], with the windows of VIEW[M] of HEADER[N] for outputs of `size` (height, width); see
+    `gpuload.images.views.windows`."""
+    views, headers = np.ascontiguousarray(views), np.ascontiguousarray(headers)
+    scales = None if scales is None else np.ascontiguousarray(scales, np.int64)
+    eighths = None if scales is None else scales.ctypes.data
+    library.gpuload_windows(
+        views.ctypes.data, len(views), headers.ctypes.data, len(headers), *size, eighths, out.ctypes.data
+    )
+
+
+def run_pointers(
+    library: ctypes.CDLL, offsets: int, width: int, base: int, at: NDArray[np.uint64], size: NDArray[np.int64]
+) -> None:
+    """Addresses u64[N] and sizes i64[N] of the values of an Arrow array: `offsets` is the address of N + 1 of them, of
+    `width` bytes each, `base` that of the values."""
+    library.gpuload_pointers(offsets, width, len(at), base, at.ctypes.data, size.ctypes.data)
 
 
 def run_cpu(

@@ -117,7 +117,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     assert compiler, "Expected a C++ compiler to test kernels/headers.cpp with, got none. Do: apt install g++"
     target = tmp_path_factory.mktemp("headers") / "headers.so"
-    sources = [str(Path(kernels.__file__).parent / name) for name in ("headers.cpp", "order.cpp")]
+    sources = [str(Path(kernels.__file__).parent / name) for name in ("headers.cpp", "order.cpp", "views.cpp")]
     command = [compiler, *kernels.flags.CXX, "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", str(target)]
     built = subprocess.run([*command, *sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

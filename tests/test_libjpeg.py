@@ -285,3 +285,27 @@ def test_fast_halves_large_images_and_stays_near() -> None:
         outs.append(out.float())
         assert ragged.table["height"][0] < (800 if not fast else 120)
     assert 10 * torch.log10(255**2 / (outs[0] - outs[1]).square().mean()) > 30  # dB
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_the_compiled_windows_are_the_twins(data: st.DataObject) -> None:
+    n, m = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 9))
+    table, wanted = np.zeros(n, HEADER), np.zeros(m, VIEW)
+    sides = st.integers(1, 3000)
+    for i in range(n):
+        table[i]["height"], table[i]["width"], table[i]["orientation"] = (
+            data.draw(sides), data.draw(sides), data.draw(st.integers(1, 8)),
+        )  # fmt: skip
+    for k in range(m):
+        i = wanted[k]["image"] = data.draw(st.integers(0, n - 1))
+        (tall,), (wide,) = sizes(table[i : i + 1])
+        x, y, w, h = data.draw(st.tuples(*[st.floats(0, 1)] * 4))
+        w, h = max(1e-3, w * wide), max(1e-3, h * tall)
+        wanted[k]["region"] = (x * (wide - w), y * (tall - h), w, h)
+    size = (data.draw(st.integers(1, 600)), data.draw(st.integers(1, 600)))
+    scales = np.array(data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=n, max_size=n)))
+    for given_scales in (None, scales):
+        found = views.windows(wanted, table, size, given_scales)
+        np.testing.assert_array_equal(found, views.windows_twin(wanted, table, size, given_scales))
+        assert ((found[:, 2] > 0) == np.isin(np.arange(n), wanted["image"])).all()

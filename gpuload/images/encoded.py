@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.errors import DecodeError
 from gpuload.images import Encoded
 
@@ -37,7 +38,7 @@ def from_arrow(
         Bytes of the files that were read, because a row holds only their path: Hugging Face stores images that were
         made from files so. They are not in the column's own ``nbytes``.
     """
-    at, size, owner = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], list[Any]()
+    at, size, owner = np.zeros(len(column), np.uint64), np.zeros(len(column), np.int64), list[Any]()
     paths: dict[int, str] = {}
     start = 0
     for chunk in column.chunks:
@@ -47,12 +48,11 @@ def from_arrow(
             array = pc.struct_field(array, "bytes")
         if array.type not in _OFFSETS:
             array = array.cast(pa.large_binary())
-        found = _pointers(array)
-        at.append(found[0])
-        size.append(found[1])
+        stop = start + len(array)
+        _point(array, at[start:stop], size[start:stop])
         owner.append(array)
-        start += len(array)
-    encoded = Encoded(np.concatenate(at), np.concatenate(size), owner)
+        start = stop
+    encoded = Encoded(at, size, owner)
     if index is not None:
         encoded = encoded.take(index)
         paths = {k: paths[i] for k, i in enumerate(index.tolist()) if i in paths} if paths else {}
@@ -65,19 +65,23 @@ def storage(array: pa.Array) -> pa.Array:
     return array.storage if isinstance(array, pa.ExtensionArray) else array
 
 
-def _pointers(array: pa.Array) -> tuple[Any, Any]:
-    """(u64[n], i64[n]) of a binary array: address and size of every value, address 0 for a null."""
-    n = len(array)
+def _point(array: pa.Array, at: NDArray[np.uint64], size: NDArray[np.int64]) -> None:
+    """Address u64[n] and size i64[n] of every value of a binary array, address 0 for a null."""
     _, offsets, data = array.buffers()
-    if offsets is None or not n:
-        return np.zeros(n, np.uint64), np.zeros(n, np.int64)
-    ends = np.frombuffer(offsets, _OFFSETS[array.type])[array.offset : array.offset + n + 1].astype(np.int64)
+    if offsets is None or not len(array):
+        return
+    dtype = _OFFSETS[array.type]
     base = data.address if data is not None and data.size else 1  # every value is empty then, and none of them a null
-    at, size = (ends[:-1] + base).astype(np.uint64), np.diff(ends)
+    library = kernels.tables_library()
+    if library is None:
+        ends = np.frombuffer(offsets, dtype)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+        at[:], size[:] = ends[:-1] + base, np.diff(ends)
+    else:
+        width = np.dtype(dtype).itemsize
+        kernels.run_pointers(library, offsets.address + array.offset * width, width, base, at, size)
     if array.null_count:
         null = array.is_null().to_numpy(zero_copy_only=False)
         at[null] = size[null] = 0
-    return at, size
 
 
 def _paths(array: pa.Array, start: int) -> dict[int, str]:

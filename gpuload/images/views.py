@@ -11,6 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.images import VIEW, sizes
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
@@ -104,6 +105,18 @@ def windows(
         x0, y0, width, height in pixels of each image as it is stored: the bounding window of its views, wider by the
         filter's support and a margin. Width and height 0 where an image has no view.
     """
+    library = kernels.tables_library()
+    if library is None:
+        return windows_twin(views, headers, size, scales)
+    found = np.empty((len(headers), 4), np.int64)
+    kernels.run_windows(library, views, headers, size, scales, found)
+    return found
+
+
+def windows_twin(
+    views: NDArray[np.void], headers: NDArray[np.void], size: tuple[int, int], scales: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """`windows` in NumPy, for where nothing could be compiled."""
     heights, widths, turns = headers["height"], headers["width"], headers["orientation"]
     which, n = views["image"], len(headers)
     one_each = len(which) == n and bool((which == np.arange(n)).all())

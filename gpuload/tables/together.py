@@ -89,7 +89,7 @@ class _Group:
     def __init__(self, table: Table, batches: list[Ranges], seen: _Seen) -> None:
         self._table, self._batches, self._seen = table, batches, seen
         self._lock = threading.Lock()
-        self._found: tuple[pa.Table, list[NDArray[np.int64]]] | None = None
+        self._found: tuple[pa.Table, Sequence[NDArray[np.int64] | None]] | None = None
         self._failed = False
         self._left = len(batches)
 
@@ -110,8 +110,13 @@ class _Group:
         return Selection(rows, index[0])
 
     def _read(self) -> None:
+        alone = self._batches[0] if len(self._batches) == 1 else None
         try:
-            self._found = read_many(self._table, self._batches)
+            if alone is not None and not scattered(alone):  # runs of neighbours come in their order
+                rows = self._table.read(_pieces(alone))
+                self._found = rows, [None]
+            else:
+                self._found = read_many(self._table, self._batches)
         except Exception:  # each then reads its own, so that the error comes where it belongs
             self._failed = True
         else:
