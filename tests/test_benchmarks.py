@@ -159,3 +159,13 @@ def test_the_readme_gets_figures_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figures.draw(reports, tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("case", ["image", "image and caption"])
+def test_the_gil_is_measured(settings: Any, case: str) -> None:
+    bench_gil = load("bench_gil")
+    toy = SimpleNamespace(**{**vars(settings), "seconds": 0.4, "rate": 4000.0, "batch_size": 8})
+    found = bench_gil.share_left(toy, case)
+    assert found["rows_per_s"] > 0
+    assert 0 < found["left"] < 3
+    assert 0 < found["steady"] <= 1

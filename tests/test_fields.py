@@ -22,6 +22,7 @@ from making import by_pillow, by_row, encode, jpeg, picture
 
 import gpuload
 from gpuload import ConfigError, DecodeError, Image, LanceDataset, Ragged
+from gpuload.images.decode import libjpeg
 
 CROP = Image(24, crop="random", flip=0.5, dtype=torch.uint8)
 TWO = {"global": "image", "local": "image"}
@@ -186,3 +187,22 @@ def test_a_wheel_has_every_folder(tmp_path: Path) -> None:
     wanted = {f"gpuload/{path.relative_to(root / 'gpuload')}" for path in (root / "gpuload").rglob("*.py")}
     wanted |= {f"gpuload/kernels/{path.name}" for path in (root / "kernels").glob("*.[chp]*") if path.suffix != ".so"}
     assert {name for name in wanted if "__pycache__" not in name} <= inside
+
+
+def test_without_a_compiler_the_batches_are_the_same(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transforms = {"a": CROP, "b": Image(20, mean=0.5, std=0.2)}
+    options: dict[str, Any] = {"columns": {"a": "image", "b": "image"}, "transforms": transforms, "device": "cpu"}
+    compiled = list(LanceDataset(pictures, 7, shuffle=True, **options))
+    for name in ("tables_library", "cpu_library"):
+        monkeypatch.setattr(f"gpuload.kernels.{name}", lambda: None)
+    libjpeg.library.cache_clear()
+    try:
+        with LanceDataset(pictures, 7, shuffle=True, **options) as dataset:
+            for batch, wanted in zip(dataset, compiled, strict=True):
+                assert torch.equal(batch.rows, wanted.rows)
+                torch.testing.assert_close(batch["a"], wanted["a"], rtol=0, atol=1)  # levels; torch rounds otherwise
+                torch.testing.assert_close(batch["b"], wanted["b"], rtol=0, atol=1e-4)
+            assert dataset.stats()["images"]["simplejpeg"] == 35
+            assert dataset.stats()["resize"] == "torch"
+    finally:
+        libjpeg.library.cache_clear()
