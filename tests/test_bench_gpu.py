@@ -44,6 +44,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHON": python, "DEVICE": "cpu", "PYTHONPATH": str(packages)}
 
 
+@pytest.mark.slow
 def test_the_script_writes_figures_for_every_case_and_says_what_is_missing(
     tmp_path: Path, bare: dict[str, str]
 ) -> None:

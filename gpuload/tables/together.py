@@ -1,9 +1,11 @@
 """Batches read together: the ranges of several batches enter, one table and each batch's places in it leave.
 
 Scattered rows cost Lance by the call and by the order: it reads them as they are stored and copies every byte once more
-to give another order. So four batches share a read, as it is stored; whoever takes pointers to the images puts them in
-order for nothing. CPU time of a batch of 128 photos of 107 KB, two cores: 24.2 ms alone, 22.0 as stored, 18.9 two at a
-time, 16.2 four at a time, 15.8 eight at a time; in order 12.7. Of 64: 13.6 alone, 7.8 four at a time, 5.4 in order.
+to give another order. So two batches share a read, as it is stored; whoever takes pointers to the images puts them in
+order for nothing. CPU time of reading a batch of 128 photos of 107 KB, two cores: 24.2 ms alone, 22.0 as stored, 18.9
+two at a time, 16.2 four at a time, 15.8 eight at a time; in order 12.7. But what was read long before it is decoded has
+left the cache: whole batches of 64, decoded, at 0.95 of the rate of in order alone, 1.01 two at a time, 0.94 four at a
+time (nine rounds).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from gpuload.order import Ranges, coalesce, expand
 from gpuload.tables import Selection, Table, scattered, size
 
-AT_ONCE = 4  # batches of a read; they stay in memory until the last of them is done with
+AT_ONCE = 2  # batches of a read; they stay in memory until the last of them is done with
 MOST_BYTES = 64 << 20  # of a read of several; in one batch as large, what a call costs is nothing beside its bytes
 _PIECE = 32  # rows of a run that one thread of Lance decodes: 0.70 of the time of 128 in one, on two cores
 
