@@ -372,7 +372,7 @@ def test_scattered_batches_share_a_read_and_runs_do_not(rows: Any, takes: list[i
         read()
     assert takes == [8, 32, 32, 13]
     takes.clear()
-    for read in read_together(table, plan(ShuffleSampler(seed=1, block_size=4), table, 16)):
+    for read in read_together(table, plan(ShuffleSampler(seed=1, block_size=4), table, 16), 4):
         read()
     assert takes == []  # each a scan of its own
 
