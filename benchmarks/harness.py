@@ -121,7 +121,7 @@ def _child(case: str, memory: bool = False) -> dict[str, Any]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         peak = 0.0
         while memory and run.poll() is None:
-            peak = max(peak, sum(_pss(pid) for pid in _family(run.pid)))
+            peak = max(peak, sum(pss(pid) for pid in _family(run.pid)))
             time.sleep(0.1)
         out, err = run.communicate()
     if run.returncode:
@@ -143,7 +143,7 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _pss(pid: int) -> float:
+def pss(pid: int) -> float:
     """MB of a process's memory; what it shares with n others counts one n-th."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
         for line in file:

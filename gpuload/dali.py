@@ -240,6 +240,11 @@ class DALILanceIterator:
         return len(self._source)
 
     @property
+    def lent(self) -> list[torch.Tensor]:
+        """DALI's memory that the GPU may still read: copies of it are on their way."""
+        return [tensor for _, tensor in self._lent]
+
+    @property
     def source(self) -> LanceSource:
         return self._source
 

@@ -233,6 +233,11 @@ class LanceDataset(IterableDataset[Batch]):
         return telling(self._sampler(), self._epochs.now(), self.set_epoch)
 
     @property
+    def clocks(self) -> Mapping[str, Clock]:
+        """The clock of each stage, for a timeline."""
+        return MappingProxyType(self._clocks)
+
+    @property
     def batch_size(self) -> int:
         """Rows of every batch but the last."""
         return self._options.batch_size

@@ -78,7 +78,7 @@ def test_advice_fits_the_bottleneck(photos: str) -> None:
 def test_the_timeline_is_well_formed_and_has_a_track_for_every_thread(photos: str, tmp_path: Path) -> None:
     trace, path = Trace(), tmp_path / "trace.json"
     with LanceDataset(photos, 10, columns=["image"], transforms={"image": Image(32)}, num_threads=2) as dataset:
-        trace.watch(dataset._clocks.values())
+        trace.watch(dataset.clocks.values())
         assert sum(batch.size for batch in dataset) == 50
         stats = dataset.stats()
     written = trace.write(path)

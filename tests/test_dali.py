@@ -517,11 +517,11 @@ def test_dalis_memory_on_a_gpu_is_kept_until_it_has_been_copied(photos: str, mon
         batches = iter(iterator)
         for k in range(3):
             assert next(batches)["number"].tolist() == list(range(10 * k, 10 * k + 10))
-            assert [lent for _, lent in iterator._lent] == given  # the GPU is behind
+            assert iterator.lent == given  # the GPU is behind
         passed[:2] = [True, True]
         next(batches)
-        assert [lent for _, lent in iterator._lent] == given[2:]
-    assert not iterator._lent
+        assert iterator.lent == given[2:]
+    assert not iterator.lent
     assert all(passed), "closing waits for those who read"
 
 

@@ -257,7 +257,7 @@ def test_a_failure_midway_leaves_the_old_dataset_or_none(
         run(source, target)
     monkeypatch.setattr(module, "BATCH_BYTES", 1000)
 
-    rows_of: Any = module._rows
+    rows_of: Any = module.rows_of
 
     def broken(*args: object) -> Iterator[Row]:
         for index, row in enumerate(rows_of(*args)):

@@ -49,7 +49,7 @@ class Measured:
 def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = None) -> Measured:
     """Take batches for `seconds`, over as many epochs as that needs, and do nothing with them."""
     if trace is not None:
-        trace.watch(dataset._clocks.values())
+        trace.watch(dataset.clocks.values())
     rows = batches = 0
     first = 0.0
     began = time.perf_counter()

@@ -119,7 +119,7 @@ def ingest(
     mode: Literal["create", "append", "overwrite"] = "create" if old is None else "append" if append else "overwrite"
     with _bar(folder.files, progress) as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow thinks of a header is not this user's affair
-        rows = _rows(folder, num_threads, report, advance)
+        rows = rows_of(folder, num_threads, report, advance)
         what = f"images in {str(source)!r}"
         write(rows, uri, schema, mode, fragment_rows, fragment_bytes, data_storage_version, expected=what)
     report.unused_captions += [(path, "no such file") for path in folder.captions]
@@ -215,7 +215,7 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _rows(folder: Folder, num_threads: int, report: IngestReport, advance: Callable[[int], None]) -> Iterator[Row]:
+def rows_of(folder: Folder, num_threads: int, report: IngestReport, advance: Callable[[int], None]) -> Iterator[Row]:
     """The rows in the folder's order; what cannot be one goes to the report."""
     report.left_out += folder.left_out
     report.unused_captions += folder.unused
