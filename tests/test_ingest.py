@@ -265,7 +265,7 @@ def test_a_failure_midway_leaves_the_old_dataset_or_none(
                 raise MemoryError("no more")
             yield row
 
-    monkeypatch.setattr(module, "_rows", broken)
+    monkeypatch.setattr(module, "rows_of", broken)
     with pytest.raises(MemoryError, match="no more"):
         run(source, target, overwrite=old, fragment_rows=4)
     assert target.exists() is old
