@@ -49,6 +49,7 @@ OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 _TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
+_SHORT = 2048  # items: some 50 µs at most
 _FOLDER = Path(__file__).parent
 
 
@@ -80,18 +81,29 @@ def cpu_library() -> ctypes.CDLL | None:
 
 
 def load_tables(path: Path) -> ctypes.CDLL:
-    """A library built from headers.cpp, order.cpp and views.cpp. Calls release the GIL and may run at the same time."""
-    library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.gpuload_headers.argtypes, library.gpuload_headers.restype = [pointer, pointer, number, pointer], None
-    words, small = [ctypes.c_uint32, ctypes.c_uint64], ctypes.c_int
-    library.gpuload_uniform.argtypes, library.gpuload_uniform.restype = [pointer, number, number, *words, pointer], None
-    library.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
-    library.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
-    library.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
-    for function in (library.gpuload_permute, library.gpuload_windows, library.gpuload_pointers):
-        function.restype = None
+    """A library built from headers.cpp, order.cpp and views.cpp. Its calls may run at once, and release the GIL.
+
+    Its attribute ``held`` has the same functions with the GIL held: for what takes some microseconds. Releasing it
+    costs a thread the way back, up to the switch interval of 5 ms where another one runs Python, and a hand-over.
+    """
+    library, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+    pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    words = [ctypes.c_uint32, ctypes.c_uint64]
+    for one in (library, held):
+        one.gpuload_headers.argtypes = [pointer, pointer, number, pointer]
+        one.gpuload_uniform.argtypes = [pointer, number, number, *words, pointer]
+        one.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
+        one.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
+        one.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
+        for name in ("headers", "uniform", "permute", "windows", "pointers"):
+            getattr(one, f"gpuload_{name}").restype = None
+    library.held = held  # type: ignore[attr-defined, unused-ignore]
     return library
+
+
+def _for(library: Any, count: int) -> Any:
+    """The library for a call of `count` items of some nanoseconds."""
+    return library.held if count <= _SHORT else library
 
 
 @cache
@@ -121,7 +133,7 @@ def run_uniform(
     library: ctypes.CDLL, rows: NDArray[np.int64], n: int, epoch: int, key: int, out: NDArray[np.float64]
 ) -> None:
     """Fill `out`, f64[rows, n], with the numbers of `gpuload.order.philox.uniform`; `epoch` has 32 bits, `key` 64."""
-    library.gpuload_uniform(rows.ctypes.data, len(rows), n, epoch, key, out.ctypes.data)
+    _for(library, len(rows)).gpuload_uniform(rows.ctypes.data, len(rows), n, epoch, key, out.ctypes.data)
 
 
 def run_permute(
@@ -135,7 +147,7 @@ def run_permute(
 ) -> None:
     """Fill `out`, i64[N], with what `gpuload.order.permutation` makes of `index`, i64[N] in range(n); `bits` are those
     of the low and the high half, `keys` one a round."""
-    library.gpuload_permute(
+    _for(library, len(index)).gpuload_permute(
         index.ctypes.data, len(index), n, *bits, keys.ctypes.data, len(keys), backwards, out.ctypes.data
     )
 
@@ -153,7 +165,7 @@ def run_windows(
     views, headers = np.ascontiguousarray(views), np.ascontiguousarray(headers)
     scales = None if scales is None else np.ascontiguousarray(scales, np.int64)
     eighths = None if scales is None else scales.ctypes.data
-    library.gpuload_windows(
+    _for(library, len(views)).gpuload_windows(
         views.ctypes.data, len(views), headers.ctypes.data, len(headers), *size, eighths, out.ctypes.data
     )
 
@@ -163,7 +175,7 @@ def run_pointers(
 ) -> None:
     """Addresses u64[N] and sizes i64[N] of the values of an Arrow array: `offsets` is the address of N + 1 of them, of
     `width` bytes each, `base` that of the values."""
-    library.gpuload_pointers(offsets, width, len(at), base, at.ctypes.data, size.ctypes.data)
+    _for(library, len(at)).gpuload_pointers(offsets, width, len(at), base, at.ctypes.data, size.ctypes.data)
 
 
 def run_cpu(

@@ -17,6 +17,9 @@ from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
 
 _TRIES = 10  # as torchvision's RandomResizedCrop
+_FIRST = (
+    3  # of them for every row: most fit, and arrays of 128 rows stay below the 500 values NumPy lets go the GIL for
+)
 _MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
 _F64 = NDArray[np.float64]
 _SWAPPED = np.arange(9) >= 5  # by EXIF orientation: what is stored as a row is seen as a column
@@ -195,13 +198,27 @@ def _fit(image: Image, h: _F64, w: _F64) -> tuple[_F64, _F64]:
 def _random_size(image: Image, h: _F64, w: _F64, drawn: _F64) -> tuple[_F64, _F64, NDArray[np.bool_]]:
     """Random-resized crop: the first of ten drawn (area, ratio) that fits; else the whole image, its
     ratio clipped, as torchvision's ``RandomResizedCrop.get_params`` does."""
+    pick, some = np.arange(len(h)), 2 * _FIRST
+    rw, rh = _tries(image, h, w, drawn[:, :some])  # f64[N, tries]
+    fits: NDArray[np.bool_] = (rw <= w[:, None]) & (rh <= h[:, None])
+    first, good = fits.argmax(axis=1), np.asarray(fits.any(axis=1), np.bool_)
+    chosen_w, chosen_h = rw[pick, first], rh[pick, first]
+    if not good.all():
+        left = np.flatnonzero(~good)
+        rw, rh = _tries(image, h[left], w[left], drawn[left, some:])
+        fits = (rw <= w[left, None]) & (rh <= h[left, None])
+        first, pick = fits.argmax(axis=1), np.arange(len(left))
+        chosen_w[left], chosen_h[left], good[left] = rw[pick, first], rh[pick, first], fits.any(axis=1)
+    if good.all():
+        return chosen_w, chosen_h, good
+    clipped = np.clip(w / h, image.ratio[0], image.ratio[1])
+    whole_w, whole_h = np.minimum(w, h * clipped), np.minimum(h, w / clipped)
+    return np.where(good, chosen_w, whole_w), np.where(good, chosen_h, whole_h), good
+
+
+def _tries(image: Image, h: _F64, w: _F64, drawn: _F64) -> tuple[_F64, _F64]:
+    """Widths and heights of rectangles of a drawn area and ratio: f64[N, tries] each of uniforms f64[N, 2 * tries]."""
     area = (h * w)[:, None] * (image.scale[0] + drawn[:, 0::2] * (image.scale[1] - image.scale[0]))
     low, high = math.log(image.ratio[0]), math.log(image.ratio[1])
     ratio = np.exp(low + drawn[:, 1::2] * (high - low))
-    rw, rh = np.sqrt(area * ratio), np.sqrt(area / ratio)  # f64[N, tries]
-    fits: NDArray[np.bool_] = (rw <= w[:, None]) & (rh <= h[:, None])
-    first, good = fits.argmax(axis=1), np.asarray(fits.any(axis=1), np.bool_)
-    pick = np.arange(len(h))
-    clipped = np.clip(w / h, image.ratio[0], image.ratio[1])
-    whole_w, whole_h = np.minimum(w, h * clipped), np.minimum(h, w / clipped)
-    return np.where(good, rw[pick, first], whole_w), np.where(good, rh[pick, first], whole_h), good
+    return np.sqrt(area * ratio), np.sqrt(area / ratio)
