@@ -103,8 +103,9 @@ class _Work:
     """The pixels of one batch and one stored column."""
 
     def __init__(self, found: Encoded, table: NDArray[np.void], outputs: list[_Output], parts: Parts) -> None:
-        self._encoded, self._headers, self._outputs, self._parts = found, table, outputs, parts
-        self._lock = threading.Lock()
+        self._encoded: Encoded | None = found
+        self._headers, self._outputs, self._parts = table, outputs, parts
+        self._lock, self._left = threading.Lock(), len(found)
         self._windows, self._scales = self._plan()
         self._line = None
         if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
@@ -118,6 +119,15 @@ class _Work:
                 self._room(output)
 
     def run(self, lo: int, hi: int) -> tuple[Fails, Any]:
+        done = self._run(lo, hi)
+        with self._lock:
+            self._left -= hi - lo
+            if not self._left:
+                self._encoded = self._line = None  # the encoded bytes may go, while the batch waits to be taken
+        return done
+
+    def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
+        assert self._encoded is not None
         if self._line is not None:
             targets = [Target(o.views[lo:hi], o.image, self._room(o)[lo:hi]) for o in self._outputs]
             filled = self._line.fill(lo, hi, targets)
