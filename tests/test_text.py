@@ -331,3 +331,18 @@ def test_many_threads_tokenize_as_one(store: Store) -> None:
         found.append([batch["prompt"].tolist() for batch in dataset])
     ids = [by_hand(trained(), (PROMPTS * 10)[i : i + 3], 5)[0].tolist() for i in range(0, 200, 3)]
     assert found == [ids, ids]
+
+
+def test_texts_that_are_too_long_are_refused_together(store: Callable[..., str]) -> None:
+    seen: list[str] = []
+
+    def words(texts: list[str]) -> list[list[int]]:
+        seen.extend(texts)
+        return [[len(word) for word in text.split()] for text in texts]
+
+    path = store({"prompt": ["a b c d", "a", "a b c", "b b", "c c c c c"]})
+    text = Text(words, max_length=2, truncation=False)
+    (batch,) = LanceDataset(path, 5, transforms={"prompt": text}, on_error="mask", device="cpu")
+    assert batch.valid.tolist() == [False, True, False, True, False]
+    assert batch["prompt"].tolist() == [[0, 0], [1, 0], [0, 0], [1, 1], [0, 0]]
+    assert sorted(seen) == sorted(["", "a b c d", "a", "a b c", "b b", "c c c c c"]), "no text was tokenized again"
