@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -538,3 +539,15 @@ def test_stats_count_the_images_by_the_library_that_read_them(store: Store) -> N
     list(dataset)
     jpegs = "simplejpeg" if library() is None else "libjpeg-turbo"
     assert dataset.stats()["images"] == {"simplejpeg": 0, jpegs: 2, "pillow": 1, "failed": 1}
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "441"])
+def test_every_sampling_is_decoded_as_by_pillow(sampling: str, store: Store) -> None:
+    """4:4:1 is a 4:1:1 picture that was turned without loss; here its factors are exchanged in the header."""
+    pixels = np.ascontiguousarray(np.asarray(picture(64, 64)))
+    data = simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="411" if sampling == "441" else sampling)
+    if sampling == "441":
+        at = data.index(b"\x01\x41", data.index(b"\xff\xc0"))
+        data = data[:at] + b"\x01\x14" + data[at + 2 :]
+    (batch,) = LanceDataset(store({"image": [data]}), 1, device="cpu")
+    np.testing.assert_array_equal(batch["image"][0].numpy(), by_pillow(data))
