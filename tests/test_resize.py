@@ -140,7 +140,12 @@ def test_what_lies_outside_the_windows_is_never_looked_at(resize, stored, size, 
     whole = ragged_of([noise(seed + i, *shape) for i, shape in enumerate(stored)], turns)
     image = Image(size, crop="random", flip=0.5)
     wanted = np.concatenate([views_of(whole, image, seed + k) for k in range(data.draw(st.integers(1, 3)))])
-    needed = views.windows(wanted, whole.table, size)
+    headers = np.zeros(len(stored), HEADER)
+    for name in ("height", "width", "orientation"):
+        headers[name] = whole.table[name]
+    needed = views.windows(wanted, headers, size)
+    with pytest.raises(ValueError, match=r"Expected VIEW\[M\] and HEADER\[N\]"):
+        views.windows(wanted, whole.table, size)
     cut = Ragged(whole.arena, whole.table.copy())
     for row, (x, y, w, h) in zip(cut.table, needed, strict=True):
         row["offset"] += y * row["pitch"] + x * row["channels"]

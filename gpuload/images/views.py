@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.images import VIEW, sizes
+from gpuload.images import HEADER, VIEW, sizes
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
 
@@ -108,6 +108,8 @@ def windows(
         x0, y0, width, height in pixels of each image as it is stored: the bounding window of its views, wider by the
         filter's support and a margin. Width and height 0 where an image has no view.
     """
+    if views.dtype != VIEW or headers.dtype != HEADER:
+        raise ValueError(f"Expected VIEW[M] and HEADER[N], got {views.dtype} and {headers.dtype}.")
     library = kernels.tables_library()
     if library is None:
         return windows_twin(views, headers, size, scales)
