@@ -125,7 +125,7 @@ class LanceDataset(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         shard_granularity: Literal["fragment", "batch"] | None = None,
-        batch_readahead: int = 6,
+        batch_readahead: int = 4,
         to_tensor_fn: Callable[..., Any] | None = NOT_GIVEN,
         sampler: Any = None,
         auto_detect_rank: bool = True,
