@@ -87,7 +87,8 @@ class LanceDataset(IterableDataset[Batch]):
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
     decoder : {"auto", "cpu", "nvimgcodec", "dali"} or Decoder
-        ``"auto"`` is nvImageCodec on CUDA, libjpeg-turbo and Pillow on the CPU. ``"cpu"`` decodes on the host for either.
+        ``"auto"`` is nvImageCodec on CUDA, libjpeg-turbo and Pillow on the CPU. ``"cpu"`` decodes on the host for
+        either.
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
     on_error : {"raise", "skip", "mask"}

@@ -35,8 +35,8 @@ def check_decoder(wish: Any) -> None:
 def make_decoder(wish: Any, device: torch.device, max_pixels: int, threads: int = 1) -> Decoder:
     """The decoder that `wish` means on `device`; on CUDA, `threads` host threads are for it to use.
 
-    ``"auto"`` is nvImageCodec on CUDA and never anything slower, libjpeg-turbo and Pillow on the CPU. A decoder object is
-    taken as it is.
+    ``"auto"`` is nvImageCodec on CUDA and never anything slower, libjpeg-turbo and Pillow on the CPU. A decoder object
+    is taken as it is.
 
     Raises
     ------
