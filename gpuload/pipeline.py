@@ -154,23 +154,27 @@ class Pipeline:
         finally:
             done.close()
 
-    @span("gpuload.read")
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but what is work for slices."""
+        with span("gpuload.read"):
+            return self._draft(read)
+
+    def _draft(self, read: Read) -> Draft:
         rows = read.selection()
         draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
-        draws = Draws(self._seed, self._epoch, read.rows)
+        draws, refused = Draws(self._seed, self._epoch, read.rows), 0
         for each in self._fields:
             taken = each.take(rows, draws)
             draft.values.update(taken.values)
             draft.nulls.update({name: torch.from_numpy(flags) for name, flags in taken.nulls.items()})
             draft.fails += taken.fails
             draft.size += taken.read
-            self._count(images_refused=taken.refused)
+            refused += taken.refused
             if taken.work is not None:
                 draft.works.append(taken.work)
         self._budget.weigh(draft.size + sum(work.size for work in draft.works))
-        self._count(bytes_read=draft.size, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
+        nulls = sum(int(flags.sum()) for flags in draft.nulls.values())
+        self._count(bytes_read=draft.size, images_refused=refused, nulls=nulls)
         return draft
 
     def _cut(self, draft: Draft) -> list[Slice]:
@@ -203,16 +207,16 @@ class Pipeline:
             parts *= 2
         return max(1, -(-len(cost) // parts)), sys.maxsize
 
-    @span("gpuload.decode")
     def _work(self, part: Slice) -> Slice:
         """One slice, into the batch."""
         draft = part.draft
-        if part.work is None:
-            draft.events.append(self._streams.upload(draft.values))
-            return part
-        fails, event = part.work.run(part.lo, part.hi)
-        draft.fails.extend(fails)
-        draft.events.append(event)
+        with span("gpuload.decode"):
+            if part.work is None:
+                draft.events.append(self._streams.upload(draft.values))
+                return part
+            fails, event = part.work.run(part.lo, part.hi)
+            draft.fails.extend(fails)
+            draft.events.append(event)
         return part
 
     def _finish(self, draft: Draft) -> Batch:

@@ -76,7 +76,8 @@ class ImageField:
         table = headers.read(found)
         headers.judge(found, table, self._parts.max_pixels, errors)
         pillow.open_rest(found, table, self._parts.max_pixels, errors)
-        table["height"][list(errors)] = 0  # nobody decodes them
+        if errors:
+            table["height"][list(errors)] = 0  # nobody decodes them
         if not self._images[0].orient:
             table["orientation"] = 1
         outputs = [

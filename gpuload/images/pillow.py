@@ -28,6 +28,8 @@ def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, erro
 
     The images are kept in ``encoded.opened`` until they are loaded; those whose size was known already are not.
     """
+    if not headers["ask"].any():
+        return
     for i in np.flatnonzero(headers["ask"] & (encoded.size > 0)).tolist():
         if i in errors:
             continue
