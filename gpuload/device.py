@@ -96,10 +96,15 @@ class Streams:
             return None
         with torch.cuda.stream(self._copies):
             for name, value in columns.items():
-                if isinstance(value, torch.Tensor) and not value.is_cuda:
-                    pinned = value.pin_memory() if value.numel() else value
-                    columns[name] = pinned.to(self.device, non_blocking=True)
+                if isinstance(value, torch.Tensor):
+                    columns[name] = self._moved(value)
+                elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+                    columns[name] = [self._moved(each) for each in value]
             return self.mark()
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor if tensor.is_cuda or not tensor.numel() else tensor.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
 
     def keep(self, columns: dict[str, Any]) -> None:
         """torch keeps the memory of `columns` until the calling thread's current stream is done with it."""

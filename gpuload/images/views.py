@@ -27,6 +27,25 @@ _MIRRORED_X = np.isin(np.arange(9), (2, 3, 7, 8))
 _MIRRORED_Y = np.isin(np.arange(9), (3, 4, 6, 7))
 
 
+def of_all(image: Image, headers: NDArray[np.void], draws: Draws, name: str, first: bool) -> NDArray[np.void]:
+    """``image.views`` of every image, one image after the other: VIEW[N * V].
+
+    Parameters
+    ----------
+    image : Image
+    headers : HEADER[N]
+    draws : Draws
+        Of N rows.
+    name : str
+        Of the output.
+    first : bool
+        Whether it is the column's first output: its numbers are those without a name.
+    """
+    base = "" if first else name  # so that different columns of a row stay paired
+    found = [views(image, headers, draws, base if k == 0 else f"{base}:{k}") for k in range(image.views)]
+    return found[0] if len(found) == 1 else np.stack(found, axis=1).reshape(-1)
+
+
 def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:
     """One view of every image: VIEW[N].
 
