@@ -24,14 +24,10 @@ from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
 from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
-from gpuload.fields.boxes import Boxes
-from gpuload.fields.choose import fields, resolve
-from gpuload.fields.mask import Mask
-from gpuload.fields.text import Text
+from gpuload.fields.choose import Transform, fields, resolve
 from gpuload.images import Decoder, resize
 from gpuload.images.decode.choose import calls_at_once, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
-from gpuload.images.transform import Image
 from gpuload.iteration import Batches
 from gpuload.options import NOT_GIVEN, Options
 from gpuload.order import plans
@@ -44,7 +40,6 @@ from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
 
-Transform = Image | Text | Boxes | Mask
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 

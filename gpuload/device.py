@@ -96,14 +96,14 @@ class Streams:
             return None
         with torch.cuda.stream(self._copies):
             for name, value in columns.items():
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and not value.is_cuda:
                     columns[name] = self._moved(value)
                 elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
                     columns[name] = [self._moved(each) for each in value]
             return self.mark()
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = tensor if tensor.is_cuda or not tensor.numel() else tensor.pin_memory()
+        pinned = tensor.pin_memory() if tensor.numel() else tensor
         return pinned.to(self.device, non_blocking=True)
 
     def keep(self, columns: dict[str, Any]) -> None:

@@ -603,7 +603,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "transform_type": ({"transforms": {"image": 224}}, "gpuload.Image or gpuload.Text for column 'image', got 224"),
     "transform_of_text": ({"transforms": {"prompt": Image(8)}}, "for Image, got 'prompt': string"),
     "transform_of_image": ({"transforms": {"image": Text("bytes")}}, "string column for Text, got 'image'"),
-    "transforms_alone": ({"transforms": Image(8)}, "transforms as a dict of column to Image or Text, got Image"),
+    "transforms_alone": (
+        {"transforms": Image(8)},
+        "transforms as a dict of column to Image, Text, Boxes or Mask, got Image",
+    ),
     "readahead": ({"batch_readahead": 0}, "batch_readahead as an int of at least 1, got 0"),
     "readahead_type": ({"batch_readahead": 2.0}, "batch_readahead as an int of at least 1, got 2.0"),
     "samples": ({"samples": -1}, "samples as an int of at least 0, got -1"),

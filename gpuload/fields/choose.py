@@ -10,15 +10,17 @@ import pyarrow as pa
 
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Field, Known, Parts
-from gpuload.fields.boxes import BoxesField
+from gpuload.fields.boxes import Boxes, BoxesField
 from gpuload.fields.bytes import BytesField
 from gpuload.fields.image import ImageField
 from gpuload.fields.lists import ListField
-from gpuload.fields.mask import MaskField
+from gpuload.fields.mask import Mask, MaskField
 from gpuload.fields.numbers import NumberField
-from gpuload.fields.text import TextField
+from gpuload.fields.text import Text, TextField
+from gpuload.images.transform import Image
 from gpuload.tables.projection import near
 
+Transform = Image | Text | Boxes | Mask  # what a user may ask of a column
 # the first that takes a column has it
 FIELDS = (TextField, BoxesField, MaskField, BytesField, ImageField, NumberField, ListField)
 _TRANSFORMS = tuple(kind.transform for kind in FIELDS if kind.transform is not None)
