@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -20,7 +20,7 @@ from gpuload.fields.text import Text, TextField
 from gpuload.images.transform import Image
 from gpuload.tables.projection import near
 
-Transform = Image | Text | Boxes | Mask  # what a user may ask of a column
+Transform: TypeAlias = Image | Text | Boxes | Mask  # what a user may ask of a column
 # the first that takes a column has it
 FIELDS = (TextField, BoxesField, MaskField, BytesField, ImageField, NumberField, ListField)
 _TRANSFORMS = tuple(kind.transform for kind in FIELDS if kind.transform is not None)
