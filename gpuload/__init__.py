@@ -1,5 +1,6 @@
 """Lance datasets as batches of CUDA tensors: images decoded, prompts tokenized, in an exactly reproducible order."""
 
+from gpuload import augment as augment  # a module, for `gpuload.augment.MixUp`
 from gpuload.batch import Batch
 from gpuload.dataset import LanceDataset
 from gpuload.errors import (

@@ -82,6 +82,9 @@ class LanceDataset(IterableDataset[Batch]):
     dataset_options : dict, optional
         Keywords of ``lance.dataset``: version, storage_options, ...
     transforms : dict of str to Image, Text, Boxes or Mask, optional
+    after : sequence of callable, optional
+        What mixes the rows of a finished batch, in this order: `gpuload.augment.MixUp`, `CutMix`, or your own,
+        ``(batch, draws) → batch``, on the batch's stream. ``draws.uniform("name", n)`` is f64[B, n], on the host.
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
     decoder : {"auto", "cpu", "nvimgcodec", "dali"} or Decoder
@@ -129,6 +132,7 @@ class LanceDataset(IterableDataset[Batch]):
         sampler: Any = None,
         auto_detect_rank: bool = True,
         transforms: Mapping[str, Transform] | None = None,
+        after: Sequence[Callable[..., Batch]] = (),
         device: str | torch.device = "auto",
         decoder: str | Decoder = "auto",
         on_error: Literal["raise", "skip", "mask"] = "raise",
@@ -164,6 +168,7 @@ class LanceDataset(IterableDataset[Batch]):
             sampler=sampler,
             auto_detect_rank=auto_detect_rank,
             transforms=transforms or {},
+            after=after,
             device=device,
             decoder=decoder,
             on_error=on_error,
@@ -416,6 +421,7 @@ class LanceDataset(IterableDataset[Batch]):
         order = [name for column in self._columns for name in (column.name, *column.more)]
         pipeline = Pipeline(
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
+            after=self._options.after,
             whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
             counts=self._counts, clocks=clocks,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -76,6 +77,10 @@ class Streams:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    def own(self) -> Any:
+        """A context in which the calling thread's current stream is one beside the consumer's."""
+        return torch.cuda.stream(side_stream(self.device)) if self.cuda else nullcontext()
+
     def after(self, event: Any) -> None:
         """What the calling thread puts on its current stream from now on comes after `event`."""
         if event is not None:
@@ -115,6 +120,12 @@ class Streams:
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.record_stream(stream)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> Any:
+    """For what is computed behind the decoding; one for all, as `copy_stream`."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -47,6 +47,7 @@ class Options:
     sampler: Any
     auto_detect_rank: bool
     transforms: Mapping[str, Transform]
+    after: Sequence[Callable[..., Any]]
     device: str | torch.device
     decoder: Any
     on_error: str
@@ -70,6 +71,11 @@ class Options:
                 f"Expected transforms as a dict of column to Image, Text, Boxes or Mask, got {self.transforms!r}."
             )
         object.__setattr__(self, "transforms", dict(self.transforms))  # the user's own may change
+        if not isinstance(self.after, (tuple, list)) or not all(map(callable, self.after)):
+            raise ConfigError(f"Expected after as a list of callables (batch, draws) → batch, got {self.after!r}.")
+        object.__setattr__(self, "after", tuple(self.after))
+        if self.after and self.to_tensor_fn is not NOT_GIVEN:
+            raise ConfigError(f"Expected after or to_tensor_fn, got both: {self.after!r} takes gpuload's batches.")
         if not isinstance(self.filter, (str, type(None))):
             raise ConfigError(f"Expected filter as an SQL condition, got {self.filter!r}.")
         if self.to_tensor_fn not in (NOT_GIVEN, None) and not callable(self.to_tensor_fn):

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.device import Streams, one_torch_thread, span
-from gpuload.errors import RowError
+from gpuload.errors import ConfigError, RowError
 from gpuload.fields import Fails, Field, Geometry, Work
-from gpuload.order.draws import Draws
+from gpuload.order.draws import Draws, Named
 from gpuload.stages import Budget, flat_map, ordered_map
 from gpuload.tables import Selection
 
@@ -91,6 +91,8 @@ class Pipeline:
     seed, epoch : int
         Of the draws.
     on_error : {"raise", "skip", "mask"}
+    after : sequence of callable
+        (batch, draws) → batch: run on every batch when it is finished, on the consumer's stream.
     whole : bool
         Slices are whole batches, not a few rows.
     ahead : int
@@ -111,6 +113,7 @@ class Pipeline:
         seed: int,
         epoch: int,
         on_error: str,
+        after: Sequence[Callable[[Batch, Named], Batch]],
         whole: bool,
         ahead: int,
         ahead_bytes: int,
@@ -119,7 +122,7 @@ class Pipeline:
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
-        self._whole = whole
+        self._after, self._whole = tuple(after), whole
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
@@ -255,7 +258,22 @@ class Pipeline:
             regions={name: torch.from_numpy(each.regions) for name, each in draft.geometry.items()},
             original_sizes={name: torch.from_numpy(each.sizes) for name, each in draft.geometry.items()},
         )
-        return batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
+        batch = batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
+        return self._mixed(batch) if self._after else batch
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """What whole batches go through in the end."""
+        draws = Draws(self._seed, self._epoch, batch.rows.numpy())
+        with span("gpuload.after"):
+            for k, function in enumerate(self._after):
+                try:
+                    found: Any = function(batch, Named(draws, (f"after{k}",)))
+                except StopIteration as error:  # it would end the epoch
+                    raise RuntimeError(f"{function!r} raised StopIteration") from error
+                if not isinstance(found, Batch):
+                    raise ConfigError(f"Expected a gpuload.Batch from {function!r} in after, got {found!r}.")
+                batch = found
+        return batch
 
     def _count(self, **numbers: int) -> None:
         with self._count_lock:

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, storage_type
-from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, sizes, views
+from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, resize, sizes, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
 from gpuload.images.transform import Image
-from gpuload.order.draws import Draws
+from gpuload.order.draws import Draws, Named
 from gpuload.tables import Selection
 
 _NATIVE = Image(size=None, dtype=torch.uint8)
@@ -82,7 +82,7 @@ class ImageField:
         if not self._images[0].orient:
             table["orientation"] = 1
         outputs = [
-            _Output(column.name, image, views.of_all(image, table, draws, column.name, first))
+            _Output.of(column.name, image, table, draws, first)
             for column, image, first in zip(self.columns, self._images, self._firsts, strict=True)
         ]
         seen, turned = np.stack(sizes(table), axis=1), table["orientation"]
@@ -97,10 +97,22 @@ class _Output:
     """One output of a batch: what is wanted, and where it goes."""
 
     name: str
-    image: Image
+    wanted: Image
+    image: Image  # what the resize makes: with augmentations, pixels of 0..1
     views: NDArray[np.void]  # VIEW[N * V]
     made: Any = None  # Tensor[N * V, C, H, W], or a list of N where every image keeps its size
+    draws: tuple[Named, ...] = ()  # one an augmentation
     event: Any = None  # after its memory was allocated
+
+    @classmethod
+    def of(cls, name: str, image: Image, table: NDArray[np.void], draws: Draws, first: bool) -> _Output:
+        found = views.of_all(image, table, draws, name, first)
+        if not image.augment:
+            return cls(name, image, image, found)
+        plain = replace(image, mean=None, std=None, dtype=torch.float32, augment=())
+        streams = views.streams(image, name, first)
+        named = (Named(draws, tuple(f"{stream}/augment{k}" for stream in streams)) for k in range(len(image.augment)))
+        return cls(name, image, plain, found, draws=tuple(named))
 
     def part(self, lo: int, hi: int) -> slice:
         """The views of images lo to hi."""
@@ -114,12 +126,13 @@ class _Work:
         self._encoded: Encoded | None = found
         self._headers, self._outputs, self._parts = table, outputs, parts
         self._lock, self._left = threading.Lock(), len(found)
+        self._events: list[Any] = []
         self._windows, self._scales = self._plan()
         self._line = None
         if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
             self._line = parts.decoder.line(found, table, self._windows, self._scales)
         self.cost = found.size
-        self.size = sum(_bytes(output.image, table) for output in outputs)
+        self.size = sum(_bytes(output.wanted, table) for output in outputs)
         for output in outputs:
             if output.image.shape is None:
                 output.made = [None] * len(found)
@@ -127,12 +140,28 @@ class _Work:
                 self._room(output)
 
     def run(self, lo: int, hi: int) -> tuple[Fails, Any]:
-        done = self._run(lo, hi)
+        fails, event = self._run(lo, hi)
         with self._lock:
             self._left -= hi - lo
-            if not self._left:
-                self._encoded = self._line = None  # the encoded bytes may go, while the batch waits to be taken
-        return done
+            last = not self._left
+            self._events.append(event)
+        if last:
+            self._encoded = self._line = None  # the encoded bytes may go, while the batch waits to be taken
+            if any(output.wanted.augment for output in self._outputs):
+                event = self._augment()
+        return fails, event
+
+    def _augment(self) -> Any:
+        """All outputs, once every slice has its pixels, on a stream of the calling thread's; the event after it."""
+        streams: Streams = self._parts.streams
+        with streams.own(), span("gpuload.augment"):
+            for event in self._events:
+                streams.after(event)
+            for output in self._outputs:
+                if output.wanted.augment:
+                    streams.keep({output.name: output.made})
+                    output.made = augment.finish(output.made, output.wanted, output.draws)
+            return streams.mark()
 
     def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
         assert self._encoded is not None

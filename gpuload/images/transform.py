@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -55,6 +56,10 @@ class Image:
     views : int
         Regions of each image, drawn independently: the batch is ``[B, views, C, H, W]`` from two on. The image is read
         and decoded once, as far as their bounding rectangle needs.
+    augment : sequence of callable
+        From `gpuload.augment`, or your own: ``(images, draws) → images`` of the same shape, f32[M, C, H, W] in 0..1 on
+        the batch's device and stream, M images (B times `views`), before `mean` and `std`. What has a true attribute
+        ``normalized`` comes after them. ``draws.uniform("name", n)`` is f64[M, n], on the host.
 
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
@@ -73,6 +78,7 @@ class Image:
     orient: bool = True
     fast: bool = False
     views: int = 1
+    augment: tuple[Callable[[torch.Tensor, Any], torch.Tensor], ...] = ()
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -90,6 +96,10 @@ class Image:
         expect(self.dtype in IMAGE_DTYPES, f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
         good = isinstance(self.views, int) and not isinstance(self.views, bool) and self.views > 0
         expect(good, "Image(views=...) as an int of at least 1", self.views)
+        several = isinstance(self.augment, (tuple, list))
+        expect(several and all(map(callable, self.augment)), "Image(augment=...) as a tuple of callables", self.augment)
+        object.__setattr__(self, "augment", tuple(self.augment))
+        expect(not self.augment or self.size is not None, "Image(augment=...) beside a size", self.augment)
         expect(self.views == 1 or self.size is not None, "Image(views=...) beside a size", self.views)
         for name in ("mean", "std"):
             value = getattr(self, name)

@@ -41,9 +41,14 @@ def of_all(image: Image, headers: NDArray[np.void], draws: Draws, name: str, fir
     first : bool
         Whether it is the column's first output: its numbers are those without a name.
     """
-    base = "" if first else name  # so that different columns of a row stay paired
-    found = [views(image, headers, draws, base if k == 0 else f"{base}:{k}") for k in range(image.views)]
+    found = [views(image, headers, draws, stream) for stream in streams(image, name, first)]
     return found[0] if len(found) == 1 else np.stack(found, axis=1).reshape(-1)
+
+
+def streams(image: Image, name: str, first: bool) -> list[str]:
+    """The name of each view's random numbers: without the column's, so that different columns of a row stay paired."""
+    base = "" if first else name
+    return [base if k == 0 else f"{base}:{k}" for k in range(image.views)]
 
 
 def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:

@@ -40,7 +40,28 @@ class Draws:
         return uniform(_key(self.seed & 0xFFFFFFFFFFFFFFFF, name), self.epoch, self.rows, n)
 
 
-@lru_cache(maxsize=256)
+@dataclass(frozen=True)
+class Named:
+    """The draws of one purpose: its names come after a prefix, so that two purposes never share a number.
+
+    Attributes
+    ----------
+    draws : Draws
+        Of B rows.
+    prefixes : tuple of str
+        V of them: every row has V sets of numbers, one after the other.
+    """
+
+    draws: Draws
+    prefixes: tuple[str, ...]
+
+    def uniform(self, name: str, n: int) -> NDArray[np.float64]:
+        """``n`` uniforms in the open interval (0, 1) for every row and prefix, f64[B * V, n]."""
+        found = [self.draws.uniform(f"{prefix}/{name}", n) for prefix in self.prefixes]
+        return found[0] if len(found) == 1 else np.stack(found, axis=1).reshape(-1, n)
+
+
+@lru_cache(maxsize=1024)
 def _key(seed: int, name: str) -> int:
     """The key of a name's stream, 64 bits."""
     if not name:
