@@ -1,8 +1,10 @@
 """Lance datasets as batches of CUDA tensors: images decoded, prompts tokenized, in an exactly reproducible order."""
 
+from gpuload.badrows import BadRow
 from gpuload.batch import Batch
 from gpuload.dataset import LanceDataset
 from gpuload.errors import (
+    BadRowWarning,
     ConfigError,
     DecodeError,
     DeviceError,
@@ -20,6 +22,8 @@ from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, Sharded
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadRow",
+    "BadRowWarning",
     "Batch",
     "ConfigError",
     "DecodeError",

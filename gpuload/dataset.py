@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import IterableDataset
 
+from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
@@ -92,7 +93,8 @@ class LanceDataset(IterableDataset[Batch]):
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
     on_error : {"raise", "skip", "mask"}
-        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
+        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``. The first
+        is a `BadRowWarning`, and `bad_rows` lists them.
     drop_last : bool
         Leave out the rows that do not fill a batch on every rank.
     shuffle : bool or {"row", "block", "batch"}
@@ -341,6 +343,12 @@ class LanceDataset(IterableDataset[Batch]):
             "bottleneck": bottleneck(stages),
         }
 
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """The rows that could not become tensors, in this process and since this object was made: each once, the first
+        10,000 of them. `stats` counts all, epoch for epoch."""
+        return self._bad_rows.listed()
+
     def _decoded(self, decoder: Decoder) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could, since this object was made."""
         found = _added(self._images, self._counted(decoder))
@@ -368,7 +376,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
-        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before")
+        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before", "_bad_rows")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -380,6 +388,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._decoder, self._begun = None, []
         self._images, self._before = {}, {}
         self._counts: Counter[str] = Counter()
+        self._bad_rows = BadRows()
         self._clocks: dict[str, Clock] = clocks(read_threads(threads_here()), self.num_threads or threads_here())
 
     def _iterators(self) -> list[Batches]:
@@ -419,7 +428,7 @@ class LanceDataset(IterableDataset[Batch]):
         pipeline = Pipeline(
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
             whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
-            counts=self._counts, clocks=clocks,
+            counts=self._counts, clocks=clocks, bad_rows=self._bad_rows,
         )  # fmt: skip
         return steps, pipeline.run(reads)
 

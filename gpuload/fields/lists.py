@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from gpuload.fields import Column, Field, Known, Parts, Taken, is_text
+from gpuload.fields.values import to_python
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -29,4 +30,8 @@ class ListField:
         return [cls(columns)]
 
     def take(self, rows: Selection, draws: Draws) -> Taken:
-        return Taken({column.name: rows.column(column.name).to_pylist() for column in self.columns})
+        taken = Taken()
+        for column in self.columns:
+            taken.values[column.name], errors = to_python(rows.column(column.name))
+            taken.fails += [(i, column.name, error) for i, error in errors.items()]
+        return taken
