@@ -84,7 +84,9 @@ class LanceDataset(IterableDataset[Batch]):
     auto_detect_rank : bool
     dataset_options : dict, optional
         Keywords of ``lance.dataset``: version, storage_options, ...
-    transforms : dict of str to Image or Text, optional
+    transforms : dict of str to Image, Text or bytes, optional
+        What a column becomes. `Image` says that it is one of images; `bytes` leaves files as they are. Without it a
+        binary column is one of images if it is declared so, or if any of the values looked at starts like one.
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
     decoder : {"auto", "cpu", "nvimgcodec", "dali"} or Decoder
@@ -132,7 +134,7 @@ class LanceDataset(IterableDataset[Batch]):
         to_tensor_fn: Callable[..., Any] | None = NOT_GIVEN,
         sampler: Any = None,
         auto_detect_rank: bool = True,
-        transforms: Mapping[str, Image | Text] | None = None,
+        transforms: Mapping[str, Image | Text | type[bytes]] | None = None,
         device: str | torch.device = "auto",
         decoder: str | Decoder = "auto",
         on_error: Literal["raise", "skip", "mask"] = "raise",
@@ -256,7 +258,7 @@ class LanceDataset(IterableDataset[Batch]):
         return self._options.readahead_bytes
 
     @property
-    def transforms(self) -> Mapping[str, Image | Text]:
+    def transforms(self) -> Mapping[str, Image | Text | type[bytes]]:
         """Column → what it becomes, as it was asked for."""
         return MappingProxyType(self._options.transforms)
 
@@ -407,7 +409,7 @@ class LanceDataset(IterableDataset[Batch]):
             if not self._source.rows and options.filter is not None:
                 warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
         if not self._columns:
-            self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
+            self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
         return self._source
 
     def _save(self, place: Position) -> dict[str, Any]:

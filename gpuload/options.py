@@ -47,7 +47,7 @@ class Options:
     to_tensor_fn: Callable[..., Any] | None
     sampler: Any
     auto_detect_rank: bool
-    transforms: Mapping[str, Image | Text]
+    transforms: Mapping[str, Image | Text | type[bytes]]
     device: str | torch.device
     decoder: Any
     on_error: str

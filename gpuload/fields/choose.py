@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -15,16 +15,17 @@ from gpuload.fields.bytes import BytesField
 from gpuload.fields.image import ImageField
 from gpuload.fields.lists import ListField
 from gpuload.fields.numbers import NumberField
+from gpuload.fields.raw import RawField
 from gpuload.fields.text import TextField
 
-FIELDS = (TextField, BytesField, ImageField, NumberField, ListField)  # the first that takes a column has it
+FIELDS = (TextField, RawField, BytesField, ImageField, NumberField, ListField)  # the first that takes a column has it
 _TRANSFORMS = tuple(kind.transform for kind in FIELDS if kind.transform is not None)
 
 
 def resolve(
     schema: pa.Schema,
     transforms: Mapping[str, Any],
-    first_value: Callable[[str], Any],
+    values: Callable[[str], Iterable[Any]],
     formats: tuple[str, ...] = (),
 ) -> list[Column]:
     """What every column of `schema` becomes.
@@ -34,9 +35,9 @@ def resolve(
     schema : pa.Schema
         With the dataset's metadata.
     transforms : mapping
-        Column name → `Image` or `Text`.
-    first_value : callable
-        Name → first value that is not null as an Arrow scalar, or None. Asked for binary columns only.
+        Column name → `Image`, `Text`, or the type `bytes` for a column as it is.
+    values : callable
+        Name → values that are not null, as Arrow scalars. Asked for binary columns only.
     formats : tuple of str
         Kinds of images that somebody else will decode; images then stay encoded.
 
@@ -50,10 +51,10 @@ def resolve(
             near = difflib.get_close_matches(name, schema.names, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"Expected transforms for the columns read, {schema.names}; got {name!r}.{hint}")
-        if not isinstance(transform, _TRANSFORMS):
-            words = " or ".join(f"gpuload.{kind.__name__}" for kind in reversed(_TRANSFORMS))
+        if transform is not bytes and not isinstance(transform, _TRANSFORMS):
+            words = " or ".join(f"gpuload.{kind.__name__}" for kind in reversed(_TRANSFORMS)) + " or bytes"
             raise ConfigError(f"Expected {words} for column {name!r}, got {transform!r}.")
-    known = Known(tuple(schema.names), _features(schema), first_value, formats)
+    known = Known(tuple(schema.names), _features(schema), values, formats)
     return [_column(field, transforms.get(field.name), known) for field in schema]
 
 

@@ -22,7 +22,10 @@ class ListField:
 
     @classmethod
     def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
-        form = "list[str]" if is_text(field.type) else "list"
+        looked = known.looked.get(field.name)
+        form = "list[str]" if is_text(field.type) else "list" if looked is None else "list[bytes]"
+        if looked is not None and looked.count:
+            form += f"; none of {looked.count} values looked at starts like an image"
         return Column(field.name, field.type, "list", form, None, cls.make)
 
     @classmethod
