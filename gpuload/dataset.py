@@ -187,6 +187,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._images: dict[str, int] = {}  # decoded by decoders that were closed
         self._before: dict[str, int] = {}  # by the present one, before it was taken
         self._reset()
+        dataset = self._options.dataset
         if lance_running() or not isinstance(dataset, (str, Path)):
             self._open()
         elif "://" not in str(dataset) and not os.path.exists(dataset):
@@ -324,6 +325,8 @@ class LanceDataset(IterableDataset[Batch]):
 
         Raises
         ------
+        ConfigError
+            It is no mapping.
         StateError
             It is no state, or belongs to other rows or another order: names the field and both values.
         """

@@ -319,7 +319,7 @@ def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> 
     if not isinstance(dataset, (str, Path)):
         raise ConfigError(f"Expected a URI, a path or a lance.LanceDataset, got {type(dataset).__name__}.")
     try:
-        return lance.dataset(dataset, **options)
+        return lance.dataset(os.path.expanduser(dataset), **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got: {_first_line(error)}") from error
 

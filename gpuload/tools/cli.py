@@ -121,7 +121,7 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
         rows = [("left out", *entry) for entry in done.left_out]
         rows += [("caption not used", *entry) for entry in done.unused_captions]
         try:
-            with open(file, "w", encoding="utf-8", newline="") as out:
+            with open(file.expanduser(), "w", encoding="utf-8", newline="") as out:
                 csv.writer(out).writerows([("what", "path", "why"), *rows])
         except OSError as error:
             raise ConfigError(f"Expected a place for the report, got {str(file)!r}: {error.strerror}.") from error
@@ -215,6 +215,7 @@ def verify(
 
     try:
         if out is not None:
+            out = out.expanduser()
             check_report(out)
         done = verify(dataset, images=image, num_threads=threads, fix=fix, restart=restart, progress=progress)
         if out is not None:
@@ -271,7 +272,7 @@ def bench(
     if done.bad_rows:
         print(f"{len(done.bad_rows):,} bad rows, masked while measuring; `gpuload verify {dataset}` lists all of them")
     if timeline and trace:
-        print(f"{trace}: {timeline.write(trace):,} events")
+        print(f"{trace}: {timeline.write(trace.expanduser()):,} events")
 
 
 @app.command()
@@ -287,7 +288,7 @@ def demo(
     from gpuload.tools.demo import write_demo
     from gpuload.tools.sheet import contact_sheet
 
-    folder = out or Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
+    folder = out.expanduser() if out else Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
     target = folder / "shapes.lance"
     console, began = _console(), time.perf_counter()
     write_demo(target, rows)
@@ -396,6 +397,7 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
 
 
 def _save(sheet: Any, out: Path) -> None:
+    out = out.expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out)
