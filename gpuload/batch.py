@@ -29,7 +29,8 @@ class Batch(dict[str, Any]):
     epoch, step : int
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
-        For columns without a NaN: which rows were null and hold 0 or False instead. Empty where none were.
+        For columns without a NaN: which rows were null and hold 0, False or the empty text instead. Empty where none
+        were.
     """
 
     rows: torch.Tensor

@@ -26,7 +26,8 @@ order.samplers order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
-fields fields.values fields.tokens fields.text fields.numbers fields.lists fields.image fields.raw fields.bytes fields.choose
+fields fields.values fields.tokens fields.text
+fields.numbers fields.lists fields.image fields.raw fields.bytes fields.choose
 batch
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload

@@ -30,10 +30,16 @@ _INT64 = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Masked:
-    """The ids of a text with an attention mask that their tokenizer gave."""
+    """The ids of a text with an attention mask that their tokenizer gave; as long as they are, and cut like them."""
 
     ids: Sequence[int]
     mask: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Masked:
+        return Masked(self.ids[part], self.mask[part])
 
 
 Ids = Sequence[int] | Masked  # of one text; bytes are a sequence of ids, too
@@ -111,8 +117,9 @@ class Tokens:
             Texts have to be padded, and there is no pad token.
         """
         rows, errors = self._rows(texts)
-        lengths = np.fromiter((len(_ids(row)) for row in rows), np.int64, len(rows))  # i64[B]
-        good = np.fromiter((i not in errors and text is not None for i, text in enumerate(texts)), np.bool_, len(rows))
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # i64[B]
+        good = np.ones(len(rows), np.bool_)
+        good[[*errors, *(i for i, text in enumerate(texts) if text is None)]] = False
         width = self._width(int(lengths[good if good.any() else slice(None)].max(initial=0)))
         short = np.flatnonzero(good & (lengths < width))
         if self._pad_id is None and len(short):
@@ -120,42 +127,45 @@ class Tokens:
                 f"Expected a tokenizer with a pad token, for a text of {lengths[short[0]]} tokens is padded to "
                 f"{width}, got one without. Set Text(pad_id=...)."
             )
-        lengths = np.minimum(lengths, width)
-        place = np.arange(width)
+        for i in np.flatnonzero(lengths > width).tolist():
+            rows[i] = rows[i][:width]
+        place, lengths = np.arange(width), np.minimum(lengths, width)
         filled = place >= width - lengths[:, None] if self._opened.left else place < lengths[:, None]  # bool[B, L]
-        ids = np.full((len(rows), width), self._pad_id or 0, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        cut = [_cut(row, width) for row in rows]
-        ids[filled], mask[filled] = _flat([_ids(row) for row in cut]), _flat_mask(cut)
+        ids, mask = np.full((len(rows), width), self._pad_id or 0, np.int64), filled.astype(np.int64)
+        if any(isinstance(row, Masked) for row in rows):
+            mask[filled] = _flat([row.mask if isinstance(row, Masked) else [1] * len(row) for row in rows])
+            rows = [row.ids if isinstance(row, Masked) else row for row in rows]
+        ids[filled] = _flat(rows)
         return torch.from_numpy(ids), torch.from_numpy(mask), errors
 
-    def _rows(self, texts: Sequence[str | None]) -> tuple[list[Ids], dict[int, TextError]]:
-        """The ids of each text, none where it was refused, and why."""
-        rows: list[Ids] = [()] * len(texts)
-        errors, long = dict[int, TextError](), list[int]()
+    def _rows(self, texts: Sequence[str | None]) -> tuple[list[Any], dict[int, TextError]]:
+        """The ids of each text (`Ids`), none where it was refused, and why."""
         asked = [i for i, text in enumerate(texts) if text is not None]
         answers = self._encode([text for text in texts if text is not None])
+        errors = {i: one for i, one in zip(asked, answers, strict=True) if isinstance(one, TextError)}
+        if errors or len(asked) < len(texts):
+            rows: list[Any] = [()] * len(texts)
+            for i, answer in zip(asked, answers, strict=True):
+                rows[i] = () if i in errors else answer
+        else:
+            rows = answers
         limit = self._opened.limit
-        for i, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, TextError):
-                errors[i] = answer
-            elif limit is None or len(_ids(answer)) <= limit:
-                rows[i] = answer
-            elif self._truncation:
-                rows[i] = _cut(answer, limit)
-            else:
-                got = len(_ids(answer))
-                errors[i] = TextError(f"Expected at most {limit} tokens (truncation=False), got {got}")
-                long.append(i)
-        if long:
-            (empty,) = self._encode([""])
+        long = [] if limit is None else [i for i, row in enumerate(rows) if len(row) > limit]
+        if not long:
+            return rows, errors
+        if self._truncation:
             for i in long:
-                rows[i] = () if isinstance(empty, TextError) else _cut(empty, limit or 0)
+                rows[i] = rows[i][:limit]
+            return rows, errors
+        (empty,) = self._encode([""])
+        for i in long:
+            errors[i] = TextError(f"Expected at most {limit} tokens (truncation=False), got {len(rows[i])}")
+            rows[i] = () if isinstance(empty, TextError) else empty[:limit]
         return rows, errors
 
-    def _encode(self, texts: list[str]) -> list[Ids | TextError]:
-        answers: list[Ids | TextError] = by_value(self._opened.encode, texts, "id lists", "tokenizer")
-        return answers
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """`Ids` or a `TextError` for each text."""
+        return by_value(self._opened.encode, texts, "id lists", "tokenizer")
 
     def _width(self, longest: int) -> int:
         """L of a batch whose longest text has `longest` tokens."""
@@ -324,7 +334,7 @@ def _callable(function: Callable[[list[str]], Any], max_length: int | None) -> O
         if isinstance(found, dict) or hasattr(found, "input_ids"):
             masks = found.get("attention_mask")
             found = found["input_ids"]
-        rows: list[Ids | TextError] = [_checked(row) for row in found]
+        rows = _all_checked(list(found))
         return rows if masks is None else [_masked(row, mask) for row, mask in zip(rows, masks, strict=True)]
 
     return Opened(encode, limit=max_length)
@@ -342,6 +352,18 @@ def _masked(ids: Ids | TextError, mask: Any) -> Ids | TextError:
 def _plain(row: Any) -> list[Any]:
     """A row of any library as a list."""
     return row.tolist() if hasattr(row, "tolist") else list(row)
+
+
+def _all_checked(answers: list[Any]) -> list[Any]:
+    """A callable's answers: lists of ids, or why one is none. All of them together first, for that is quick."""
+    try:
+        rows = [_plain(row) for row in answers]
+        flat = np.asarray(list(itertools.chain.from_iterable(rows)) or [0])
+        if flat.ndim == 1 and flat.dtype.kind == "i":
+            return rows
+    except (TypeError, ValueError):  # one is no list, or one of lists
+        pass
+    return [_checked(row) for row in answers]
 
 
 def _checked(row: Any) -> list[int] | TextError:
@@ -416,27 +438,8 @@ def _from_hub(name: str) -> Any:
 # -- rows of ids ---------------------------------------------------------------------------------------------------
 
 
-def _ids(row: Ids) -> Sequence[int]:
-    return row.ids if isinstance(row, Masked) else row
-
-
-def _cut(row: Ids, length: int) -> Ids:
-    """The first `length` ids."""
-    if len(_ids(row)) <= length:
-        return row
-    return Masked(row.ids[:length], row.mask[:length]) if isinstance(row, Masked) else row[:length]
-
-
-def _flat(ids: list[Sequence[int]]) -> NDArray[Any]:
+def _flat(ids: list[Any]) -> NDArray[Any]:
     """One row of ids after the other."""
     if ids and all(isinstance(row, bytes) for row in ids):
-        return np.frombuffer(b"".join(ids), np.uint8)  # type: ignore[arg-type]  # all of them are bytes
+        return np.frombuffer(b"".join(ids), np.uint8)
     return np.fromiter(itertools.chain.from_iterable(ids), np.int64)
-
-
-def _flat_mask(rows: list[Ids]) -> Any:
-    """Their masks likewise, or a 1 for all of them."""
-    if not any(isinstance(row, Masked) for row in rows):
-        return 1
-    masks = (row.mask if isinstance(row, Masked) else [1] * len(row) for row in rows)
-    return np.fromiter(itertools.chain.from_iterable(masks), np.int64)
