@@ -1,9 +1,11 @@
 """Lance datasets as batches of CUDA tensors: images decoded, prompts tokenized, in an exactly reproducible order."""
 
 from gpuload import augment as augment  # a module, for `gpuload.augment.MixUp`
+from gpuload.badrows import BadRow
 from gpuload.batch import Batch
 from gpuload.dataset import LanceDataset
 from gpuload.errors import (
+    BadRowWarning,
     ConfigError,
     DecodeError,
     DeviceError,
@@ -23,6 +25,8 @@ from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, Sharded
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadRow",
+    "BadRowWarning",
     "Batch",
     "Boxes",
     "ConfigError",

@@ -18,6 +18,8 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 class Batch(dict[str, Any]):
     """Column name → tensor ``[B, ...]``, or a list of B values where there is no tensor form.
 
+    Its user may put anything else beside the columns, a loss for instance: it is shown, moved and pickled with them.
+
     Attributes
     ----------
     rows : i64[B]
@@ -27,7 +29,8 @@ class Batch(dict[str, Any]):
     epoch, step : int
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
-        For columns without a NaN: which rows were null and hold 0 or False instead. Empty where none were.
+        For columns without a NaN: which rows were null and hold 0, False or the empty text instead. Empty where none
+        were.
     regions : dict of str to f64[B, 4], or f64[B, V, 4] with V > 1 views
         By column of images: x0, y0, width and height of what became the pixels, in pixels of the original image after
         its EXIF orientation, on the CPU. Means nothing where ``valid`` is False.
@@ -56,12 +59,12 @@ class Batch(dict[str, Any]):
     ) -> None:
         super().__init__(columns)
         if rows is None:  # type(batch)({...}), as transformers and accelerate write it
-            rows = torch.full((max(map(len, columns.values()), default=0),), -1)
+            rows = torch.full((max((len(v) for v in columns.values() if _has_rows(v)), default=0),), -1)
         valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
         self.regions, self.original_sizes = regions or {}, original_sizes or {}
         for name, value in columns.items():
-            if len(value) != len(rows):
+            if _has_rows(value) and len(value) != len(rows):
                 raise ValueError(f"Expected {len(rows)} values in column {name!r}, got {len(value)}.")
 
     @property
@@ -71,13 +74,21 @@ class Batch(dict[str, Any]):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its columns on `device`; `rows` and `valid` stay on the CPU."""
-        moved = {name: _each(value, lambda t: t.to(device, non_blocking=non_blocking)) for name, value in self.items()}
-        return self._with(moved)
+        return self._with({n: _each(v, lambda t: t.to(device, non_blocking=non_blocking)) for n, v in self.items()})
 
     def pin_memory(self, device: Any = None) -> Batch:
         """The same batch in page-locked memory; what is on a GPU already stays as it is."""
-        pinned = {name: _each(value, lambda t: t if t.is_cuda else t.pin_memory()) for name, value in self.items()}
-        return self._with(pinned)
+        return self._with({n: _each(v, lambda t: t if t.is_cuda else t.pin_memory()) for n, v in self.items()})
+
+    def _with(self, columns: dict[str, Any]) -> Batch:
+        """The same rows with other columns; what the user has put among them may have any form."""
+        found = Batch({}, self.rows, self.valid, self.epoch, self.step, *self._about())
+        found.update(columns)
+        return found
+
+    def _about(self) -> tuple[dict[str, torch.Tensor], ...]:
+        """What is known of the rows, by column."""
+        return self.nulls, self.regions, self.original_sizes
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
@@ -85,28 +96,22 @@ class Batch(dict[str, Any]):
         pinned = index.pin_memory() if any(_on_cuda(value) for value in self.values()) else index
 
         def pick(value: Any) -> Any:
+            if not _has_rows(value) or len(value) != self.size:  # the user's own
+                return value
             if isinstance(value, torch.Tensor):
                 kept = pick_rows(value, (pinned if value.is_cuda else index).to(value.device, non_blocking=True))
                 last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
-            return [value[i] for i in index.tolist()]
+            return [value[i] for i in index.tolist()]  # a list, or a sequence of the user's
 
         columns = {name: pick(value) for name, value in self.items()}
-        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, *self._of_rows(index))
+        about = ({name: values[index] for name, values in each.items()} for each in self._about())
+        kept = Batch({}, self.rows[index], self.valid[index], self.epoch, self.step, *about)
+        kept.update(columns)
+        return kept
 
-    def _with(self, columns: dict[str, Any]) -> Batch:
-        """The same rows with other columns."""
-        about = (self.nulls, self.regions, self.original_sizes)
-        return Batch(columns, self.rows, self.valid, self.epoch, self.step, *about)
-
-    def _of_rows(self, index: Any) -> tuple[dict[str, torch.Tensor], ...]:
-        """What is known of some rows, by column."""
-        about = (self.nulls, self.regions, self.original_sizes)
-        return tuple({name: values[index] for name, values in each.items()} for each in about)
-
-    def __reduce__(self) -> tuple[type[Batch], tuple[Any, ...]]:
-        about = (self.nulls, self.regions, self.original_sizes)
-        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, *about)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _rebuilt, (type(self), dict(self), self.rows, self.valid, self.epoch, self.step, *self._about())
 
     def __repr__(self) -> str:
         shown = [f"{name}: {_shape(value)}" for name, value in self.items()]
@@ -115,10 +120,24 @@ class Batch(dict[str, Any]):
         return f"Batch({', '.join(shown + [f'invalid={invalid}'] * bool(invalid))})"
 
 
+def _rebuilt(kind: type[Batch], columns: dict[str, Any], *rest: Any) -> Batch:
+    """A batch that was pickled, with whatever its user had put into it."""
+    batch = kind({}, *rest)
+    batch.update(columns)
+    return batch
+
+
 def pick_rows(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     """``tensor[index]`` for every dtype: torch cannot index unsigned integers of more than 8 bits everywhere."""
     signed = _SIGNED.get(tensor.dtype)
     return tensor[index] if signed is None else tensor.view(signed)[index].view(tensor.dtype)
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether it is a column, and no number, scalar or text of the user's."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.ndim > 0
+    return isinstance(value, (list, tuple))
 
 
 def _on_cuda(value: Any) -> bool:
@@ -137,9 +156,11 @@ def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         device = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
-    nested = bool(value) and isinstance(value[0], torch.Tensor)
-    inner = _shape(value[0]) if nested else type(value[0]).__name__ if value else ""
-    return f"list[{len(value)}] of {inner}" if inner else "list[0]"
+    if not isinstance(value, list):  # the user's own
+        return type(value).__name__
+    first = value[0] if value else None
+    inner = _shape(first) if isinstance(first, torch.Tensor) else type(first).__name__
+    return f"list[{len(value)}] of {inner}" if value else "list[0]"
 
 
 def _collate(batches: Iterable[Batch], *, collate_fn_map: Any = None) -> Batch:
@@ -148,7 +169,7 @@ def _collate(batches: Iterable[Batch], *, collate_fn_map: Any = None) -> Batch:
     if len(found) == 1:
         return found[0]
     raise ConfigError(
-        f"Expected DataLoader(dataset) or DataLoader(dataset, batch_size=None), got batch_size={len(found)}: "
+        "Expected DataLoader(dataset) or DataLoader(dataset, batch_size=None), got a batch_size: "
         "LanceDataset yields whole batches. Give the number of rows to LanceDataset(..., batch_size=...)."
     )
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import IterableDataset
 
+from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
@@ -81,7 +82,9 @@ class LanceDataset(IterableDataset[Batch]):
     auto_detect_rank : bool
     dataset_options : dict, optional
         Keywords of ``lance.dataset``: version, storage_options, ...
-    transforms : dict of str to Image, Text, Boxes or Mask, optional
+    transforms : dict of str to Image, Text, Boxes, Mask or bytes, optional
+        What a column becomes. `Image` says that it is one of images; `bytes` leaves files as they are. Without it a
+        binary column is one of images if it is declared so, or if any of the values looked at starts like one.
     after : sequence of callable, optional
         What mixes the rows of a finished batch, in this order: `gpuload.augment.MixUp`, `CutMix`, or your own,
         ``(batch, draws) → batch``, on the batch's stream. ``draws.uniform("name", n)`` is f64[B, n], on the host.
@@ -93,7 +96,8 @@ class LanceDataset(IterableDataset[Batch]):
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
     on_error : {"raise", "skip", "mask"}
-        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
+        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``. The first
+        is a `BadRowWarning`, and `bad_rows` lists them.
     drop_last : bool
         Leave out the rows that do not fill a batch on every rank.
     shuffle : bool or {"row", "block", "batch"}
@@ -186,6 +190,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._images: dict[str, int] = {}  # decoded by decoders that were closed
         self._before: dict[str, int] = {}  # by the present one, before it was taken
         self._reset()
+        dataset = self._options.dataset
         if lance_running() or not isinstance(dataset, (str, Path)):
             self._open()
         elif "://" not in str(dataset) and not os.path.exists(dataset):
@@ -323,6 +328,8 @@ class LanceDataset(IterableDataset[Batch]):
 
         Raises
         ------
+        ConfigError
+            It is no mapping.
         StateError
             It is no state, or belongs to other rows or another order: names the field and both values.
         """
@@ -343,6 +350,12 @@ class LanceDataset(IterableDataset[Batch]):
             "stages": stages,
             "bottleneck": bottleneck(stages),
         }
+
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """The rows that could not become tensors, in this process and since this object was made: each once, the first
+        10,000 of them. `stats` counts all, epoch for epoch."""
+        return self._bad_rows.listed()
 
     def _decoded(self, decoder: Decoder) -> dict[str, int]:
         """Images by the library that decoded them, and those that none could, since this object was made."""
@@ -371,7 +384,7 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
-        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before")
+        left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before", "_bad_rows")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -383,6 +396,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._decoder, self._begun = None, []
         self._images, self._before = {}, {}
         self._counts: Counter[str] = Counter()
+        self._bad_rows = BadRows()
         self._clocks: dict[str, Clock] = clocks(read_threads(threads_here()), self.num_threads or threads_here())
 
     def _iterators(self) -> list[Batches]:
@@ -401,7 +415,7 @@ class LanceDataset(IterableDataset[Batch]):
             if not self._source.rows and options.filter is not None:
                 warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
         if not self._columns:
-            self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
+            self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
         return self._source
 
     def _save(self, place: Position) -> dict[str, Any]:
@@ -423,7 +437,7 @@ class LanceDataset(IterableDataset[Batch]):
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
             after=self._options.after,
             whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
-            counts=self._counts, clocks=clocks,
+            counts=self._counts, clocks=clocks, bad_rows=self._bad_rows,
         )  # fmt: skip
         return steps, pipeline.run(reads)
 

@@ -8,6 +8,8 @@ GpuloadError
 └── RowError (ValueError)          one row that cannot become tensors: .row, .column, .cause
     ├── DecodeError                its image
     └── TextError                  its text
+
+BadRowWarning (UserWarning)        the first such row of a dataset that goes on without it
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class RowError(GpuloadError, ValueError):
 
     def at(self, row: int, column: str, hint: str) -> RowError:
         """The same error with its place: a decoder knows the bytes, only the dataset knows the row."""
-        return type(self)(self.cause, row, column, hint)
+        found = type(self)(self.cause, row, column, hint)
+        found.__cause__ = self.__cause__  # of somebody else's code, with its traceback
+        return found
 
 
 class DecodeError(RowError):
@@ -69,7 +73,11 @@ class DecodeError(RowError):
 
 
 class TextError(RowError):
-    """A text that the tokenizer refused."""
+    """A text that the tokenizer, or what prepares texts for it, refused: too long, or it choked on it."""
+
+
+class BadRowWarning(UserWarning):
+    """A row cannot become tensors, and ``on_error`` goes on without it. The first of a dataset, once."""
 
 
 def expect(ok: bool, what: str, got: object) -> None:

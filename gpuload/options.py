@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpuload.device import choose_device
@@ -15,6 +17,7 @@ from gpuload.fields.choose import Transform
 from gpuload.images.decode.choose import check_decoder
 from gpuload.order.choose import expect_alone, make_sampler
 from gpuload.order.ranks import Ranks
+from gpuload.order.samplers import PlanSampler
 from gpuload.pipeline import ON_ERROR
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
@@ -83,9 +86,47 @@ class Options:
         if self.device != "auto":
             choose_device(self.device)
         check_decoder(self.decoder)
+        for name in ("dataset", "cache"):
+            if isinstance(place := getattr(self, name), (str, Path)):
+                object.__setattr__(self, name, type(place)(os.path.expanduser(place)))
+        self._expect_used()
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)
-        self.choose_sampler(self.ranks())
+        sampler = self.choose_sampler(self.ranks())
+        for name in ("samples", "cache", "drop_last"):
+            if getattr(self, name) and not isinstance(sampler, PlanSampler):
+                raise ConfigError(
+                    f"Expected a gpuload sampler beside {name}, got {name}={getattr(self, name)!r} and {sampler!r}, "
+                    "which reads by itself."
+                )
+
+    def _expect_used(self) -> None:
+        """Raise `ConfigError` for a word that another leaves without effect, and for one that is no bool."""
+        for name in ("with_row_id", "with_row_address", "auto_detect_rank", "drop_last"):
+            if not isinstance(value := getattr(self, name), (bool, np.bool_)):
+                raise ConfigError(f"Expected {name} as True or False, got {value!r}.")
+        if self.dataset_options and not isinstance(self.dataset, (str, Path)):
+            raise ConfigError(
+                f"Expected dataset_options beside a URI or a path, got {dict(self.dataset_options)!r} beside an opened "
+                "dataset. Open it with them."
+            )
+        cuda = str(self.device).startswith("cuda")
+        if self.to_tensor_fn is not NOT_GIVEN:
+            given = {
+                "transforms": bool(self.transforms), "decoder": self.decoder != "auto", "device": cuda,
+                "on_error": self.on_error != "raise",
+            }  # fmt: skip
+            for name in (name for name, wanted in given.items() if wanted):
+                raise ConfigError(
+                    f"Expected {name} or to_tensor_fn, got both: {name}={getattr(self, name)!r}. What to_tensor_fn is "
+                    "called with is what Lance read; it converts, decodes and moves that itself."
+                )
+        fast = next((name for name, one in self.transforms.items() if getattr(one, "fast", False)), None)
+        if fast is not None and (self.decoder not in ("auto", "cpu") or choose_device(self.device).type == "cuda"):
+            raise ConfigError(
+                f"Expected Image(fast=True) with decoder='cpu' and device='cpu', got it for column {fast!r} with "
+                f"decoder={self.decoder!r} and device={self.device!r}, where nothing is decoded to a smaller size."
+            )
 
     def ranks(self) -> Ranks:
         """Where rank and world size come from."""

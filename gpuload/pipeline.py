@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpuload.badrows import BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.device import Streams, one_torch_thread, span
@@ -102,6 +103,8 @@ class Pipeline:
     counts : Counter
     clocks : dict of str to Clock
         With the numbers of threads of the stages "read" and "decode".
+    bad_rows : BadRows
+        Takes what could not become tensors.
     """
 
     def __init__(
@@ -119,11 +122,13 @@ class Pipeline:
         ahead_bytes: int,
         counts: Counter[str],
         clocks: dict[str, Clock],
+        bad_rows: BadRows,
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
         self._after, self._whole = tuple(after), whole
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
+        self._bad_rows = bad_rows
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
 
@@ -241,6 +246,9 @@ class Pipeline:
         for i, name, error in draft.fails:
             errors.setdefault(i, (name, error))  # the first: a missing file beats the null that it left
             bad[i] = True
+        for i, name, error in sorted(draft.fails, key=lambda fail: fail[:2]):
+            if valid[i]:  # a row that only fills up a rank is another rank's
+                self._bad_rows.add(int(draft.rows[i]), name, error, self._epoch, on_error=self._on_error)
         if errors and self._on_error == "raise":
             i = min(errors)
             name, error = errors[i]

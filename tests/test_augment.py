@@ -35,6 +35,8 @@ from gpuload.augment import (
 )
 from gpuload.order.draws import Draws, Named
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
+
 EVERY: dict[str, Any] = {
     "jitter": ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
     "gray": RandomGrayscale(0.4),

@@ -16,6 +16,8 @@ from making import encode, picture
 from gpuload import Boxes, ConfigError, Image, LanceDataset, RowError
 from gpuload.fields.boxes import moved
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
+
 CROP = Image((40, 56), crop="random", scale=(0.3, 1.0), flip=0.5, dtype=torch.uint8)
 
 

@@ -28,6 +28,7 @@ def test_a_cut_file_does_not_end_with_its_thumbnail(store: Store, left: int, mor
         source()
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("form", ["binary", "struct"])
 def test_what_follows_a_whole_file_does_not_matter_and_bytes_are_as_stored(

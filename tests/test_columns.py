@@ -306,6 +306,7 @@ def test_nothing_that_lance_can_store_raises_on_sight(name: str, version: str, s
         assert [value for batch in batches for value in batch["x"]] == stored
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @pytest.mark.parametrize("kind", NUMBERS, ids=str)
 def test_every_dtype_survives_a_skipped_row(kind: pa.DataType, store: Store) -> None:
     values = (

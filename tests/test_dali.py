@@ -23,6 +23,8 @@ from torch.utils.dlpack import from_dlpack
 from gpuload import Batch, ConfigError, DecodeError, DeviceError, Image, LanceDataset, ShardedFragmentSampler, Text
 from gpuload.dali import DALILanceIterator, LanceSource, lance_reader
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in most tests here
+
 COLUMNS = ["image", "prompt", "number"]
 WORDS = {"prompt": Text("bytes", 20)}
 CPU = {"num_threads": 2, "device_id": None}

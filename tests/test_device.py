@@ -32,6 +32,7 @@ from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in most tests here
 Store = Callable[..., str]
 
 

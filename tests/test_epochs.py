@@ -113,6 +113,7 @@ def test_an_epoch_without_rows_ends_too(rows: Any) -> None:
     assert place(dataset) == (2, 0)
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @pytest.mark.parametrize("last", [1, 30])
 def test_rows_that_are_skipped_do_not_hide_the_end(store: Callable[..., str], last: int) -> None:
     """Nothing is left of the last batches, or of them all."""

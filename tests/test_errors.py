@@ -16,6 +16,7 @@ from making import by_pillow, claiming, encode, jpeg, picture, png
 import gpuload
 from gpuload import DecodeError, Image, LanceDataset, RowError
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in most tests here
 Store = Callable[..., str]
 
 

@@ -131,6 +131,7 @@ def test_a_decoder_that_wants_batches_gets_them(pictures: str) -> None:
     assert sorted(decoder.calls) == [0, 8, 16, 16]
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_its_errors_are_those_of_the_row(store: Callable[..., str]) -> None:
     path = store({"image": [jpeg(), None, b"\xff\xd8\xff broken", jpeg(seed=1)]})
     with LanceDataset(path, 4, on_error="mask", decoder=ByPillow(), device="cpu") as dataset:

@@ -66,6 +66,7 @@ def read_bytes(dataset: Any) -> int:
     return int(dataset.io_stats_incremental().read_bytes)
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @EVERY_KIND
 def test_no_image_is_read_to_resolve_a_filter(heavy: str, kind: str) -> None:
     opened = lance.dataset(heavy)

@@ -25,7 +25,7 @@ from gpuload.images.decode.choose import make_decoder
 from gpuload.images.resize import resize_normalize, resize_twin
 from gpuload.order.draws import Draws
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")]
 
 DECODERS = ["nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity", "cpu"]
 # What a GPU's JPEG may differ from Pillow, by mode: (lowest PSNR in dB, largest difference in grey levels).

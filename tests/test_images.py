@@ -229,6 +229,7 @@ def test_dtype_and_layout_do_not_change_the_pixels(
     torch.testing.assert_close(unit, first["image"].double(), atol=rounding + 1e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_channels_last_survives_a_skipped_row(store: Store) -> None:
     path = store({"image": [jpeg(), None, jpeg(seed=1)]})
     image = Image(16, channels_last=True)
@@ -421,6 +422,7 @@ def structs(paths: list[str | None] | None = None, data: Any = FILES_OF_TWO) -> 
     return pa.array([{"bytes": b, "path": p} for b, p in zip(data, paths or [None, "x.jpg"], strict=True)], HF_STRUCT)
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_hugging_face_image_is_found_by_its_metadata(store: Store) -> None:
     field = pa.field("image", pa.binary())
     features = {"info": {"features": {"image": {"_type": "Image"}}}}
@@ -454,6 +456,7 @@ def test_binary_with_image_bytes_is_found(kind: pa.DataType, store: Store) -> No
     check_found(store({"image": pa.array(FILES_OF_TWO, kind)}))
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @pytest.mark.parametrize("nulls", [1, 15, 16, 17, 300])
 def test_binary_is_found_behind_nulls(nulls: int, store: Store) -> None:
     path = store({"image": [None] * nulls + FILES_OF_TWO}, max_rows_per_file=50)
@@ -476,6 +479,7 @@ def test_blob_of_the_second_kind_is_found(store: Store) -> None:
     check_found(store(table))
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 @pytest.mark.parametrize("version", ["2.1", "stable"])
 def test_blobs_are_found_behind_nulls(version: str, store: Store) -> None:
     field = pa.field("image", pa.large_binary(), metadata={"lance-encoding:blob": "true"})
@@ -516,6 +520,7 @@ def test_a_path_alone_is_read_from_its_file(store: Store, tmp_path: Path) -> Non
     check_found(store({"image": structs([str(file) for file in files], [None, None])}))
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_a_path_to_a_missing_file_is_an_error_of_its_row(store: Store, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.jpg")
     path = store({"image": structs(["also-missing-but-has-bytes.jpg", missing], [FILES_OF_TWO[0], None])})
@@ -533,6 +538,7 @@ def test_a_struct_field_can_be_read_as_a_column(store: Store) -> None:
     np.testing.assert_array_equal(batch["image"][1].numpy(), by_pillow(FILES_OF_TWO[1]))
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_stats_count_the_images_by_the_library_that_read_them(store: Store) -> None:
     path = store({"image": [jpeg(), jpeg(seed=1), encode(picture(24, 32), "PNG"), b"\xff\xd8\xff broken"]})
     dataset = LanceDataset(path, 4, on_error="skip", device="cpu")

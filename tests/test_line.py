@@ -292,6 +292,7 @@ def mixed(store: Callable[..., str]) -> str:
     return store({"image": [file(k % len(FILES), 30 + k, 80 - k, 1 + k % 8) for k in range(50)]}, max_rows_per_file=16)
 
 
+@pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
 def test_a_dataset_gives_the_same_batches_with_and_without(mixed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {
         "wide": Image((20, 44), crop="random", flip=0.5, mean=0.5, std=0.25),

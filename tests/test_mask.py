@@ -15,6 +15,8 @@ from making import encode, jpeg, picture
 
 from gpuload import ConfigError, DecodeError, Image, LanceDataset, Mask
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
+
 CROP = Image((40, 56), crop="random", scale=(0.3, 1.0), flip=0.5, dtype=torch.uint8)
 LABELS = [0, 3, 200, 255]
 

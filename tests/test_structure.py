@@ -19,7 +19,7 @@ KERNELS = Path(gpuload.kernels.__file__)
 
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
-errors kernels device clock stages
+errors badrows kernels device clock stages
 order order.philox order.permutation order.draws order.orders order.cut order.ranks order.state
 tables tables.malloc tables.fork tables.projection tables.lance tables.together
 order.samplers order.choose
@@ -27,27 +27,28 @@ images images.transform images.encoded images.headers images.pillow images.views
 images.augment
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
-fields fields.text fields.numbers fields.lists fields.image fields.boxes fields.mask fields.bytes fields.choose
+fields fields.values fields.tokens fields.text
+fields.numbers fields.lists fields.image fields.boxes fields.mask fields.raw fields.bytes fields.choose
 batch augment.rows augment.colour augment.blur augment.erase augment.auto augment.mixing augment
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
-tools tools.trace tools.describe tools.folder tools.ingest tools.sheet tools.demo tools.bench tools.cli
+tools tools.trace tools.describe tools.verify tools.folder tools.ingest tools.sheet tools.demo tools.bench tools.cli
 """.split()  # noqa: SIM905 - the lines say more than a list would
 
 # One optional or heavy package, one place that knows it.
 OWNERS = {
-    "lance": {"tables.lance", "tools.ingest"},
+    "lance": {"tables.lance", "tools.ingest", "tools.verify"},
     "cupy": {"kernels"},
     "nvidia": {"images.decode.nvimgcodec", "images.decode.dali", "dali"},
-    "tokenizers": {"fields.text"},
-    "transformers": {"fields.text"},
+    "tokenizers": {"fields.tokens"},
+    "transformers": {"fields.tokens"},
     "datasets": set(),
     "simplejpeg": {name for name in LAYERS if name.startswith("images.decode.")},
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
     | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
     "typer": {"tools.cli"},
-    "rich": {"tools.cli", "tools.ingest"},
+    "rich": {"tools.cli", "tools.ingest", "tools.verify"},
 }
 
 

@@ -16,6 +16,8 @@ from making import by_pillow, by_row, encode, picture
 
 from gpuload import ConfigError, Image, LanceDataset
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")
+
 CROP = Image((20, 24), crop="random", flip=0.5, dtype=torch.uint8)
 
 

@@ -5,7 +5,7 @@ The pipeline knows no kind of column by name. A new kind is one file in this fol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,6 +94,14 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """Values of a binary column that were looked at, and how many of them start like an image."""
+
+    images: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Known:
     """What is known of the columns beside their Arrow types.
 
@@ -103,16 +111,20 @@ class Known:
         Of all columns that are read.
     features : mapping
         Hugging Face's own description of the columns, by name.
-    first_value : callable
-        Name → the first value of a binary column that is not null, as an Arrow scalar, or None.
+    values : callable
+        Name → some values of a binary column that are not null, the first one first, as Arrow scalars; read as they are
+        asked for.
     formats : tuple of str
         Kinds of images that somebody else will decode: images stay encoded. Empty where they are decoded here.
+    looked : dict
+        What binary columns turned out to be.
     """
 
     names: tuple[str, ...]
     features: Mapping[str, Any]
-    first_value: Callable[[str], Any]
+    values: Callable[[str], Iterable[Any]]
     formats: tuple[str, ...] = ()
+    looked: dict[str, Looked] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

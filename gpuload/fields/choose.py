@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -16,20 +16,21 @@ from gpuload.fields.image import ImageField
 from gpuload.fields.lists import ListField
 from gpuload.fields.mask import Mask, MaskField
 from gpuload.fields.numbers import NumberField
+from gpuload.fields.raw import RawField
 from gpuload.fields.text import Text, TextField
 from gpuload.images.transform import Image
 from gpuload.tables.projection import near
 
-Transform: TypeAlias = Image | Text | Boxes | Mask  # what a user may ask of a column
+Transform: TypeAlias = Image | Text | Boxes | Mask | type[bytes]  # what a user may ask of a column
 # the first that takes a column has it
-FIELDS = (TextField, BoxesField, MaskField, BytesField, ImageField, NumberField, ListField)
+FIELDS = (TextField, BoxesField, MaskField, RawField, BytesField, ImageField, NumberField, ListField)
 _TRANSFORMS = tuple(kind.transform for kind in FIELDS if kind.transform is not None)
 
 
 def resolve(
     schema: pa.Schema,
     transforms: Mapping[str, Any],
-    first_value: Callable[[str], Any],
+    values: Callable[[str], Iterable[Any]],
     formats: tuple[str, ...] = (),
 ) -> list[Column]:
     """What every column of `schema` becomes.
@@ -39,9 +40,9 @@ def resolve(
     schema : pa.Schema
         With the dataset's metadata.
     transforms : mapping
-        Column name → `Image`, `Text`, `Boxes` or `Mask`.
-    first_value : callable
-        Name → first value that is not null as an Arrow scalar, or None. Asked for binary columns only.
+        Column name → `Image`, `Text`, `Boxes`, `Mask`, or the type `bytes` for a column as it is.
+    values : callable
+        Name → values that are not null, as Arrow scalars. Asked for binary columns only.
     formats : tuple of str
         Kinds of images that somebody else will decode; images then stay encoded.
 
@@ -54,11 +55,10 @@ def resolve(
         if name not in schema.names:
             hint = near(name, schema.names)
             raise ConfigError(f"Expected transforms for the columns read, {schema.names}; got {name!r}.{hint}")
-        if not isinstance(transform, _TRANSFORMS):
-            *some, last = sorted(f"gpuload.{kind.__name__}" for kind in _TRANSFORMS)
-            words = f"{', '.join(some)} or {last}"
-            raise ConfigError(f"Expected {words} for column {name!r}, got {transform!r}.")
-    known = Known(tuple(schema.names), _features(schema), first_value, formats)
+        if transform is not bytes and not isinstance(transform, _TRANSFORMS):
+            words = ", ".join(sorted(f"gpuload.{kind.__name__}" for kind in _TRANSFORMS))
+            raise ConfigError(f"Expected {words} or bytes for column {name!r}, got {transform!r}.")
+    known = Known(tuple(schema.names), _features(schema), values, formats)
     columns = [_column(field, transforms.get(field.name), known) for field in schema]
     images = [column.name for column in columns if column.role == "image"]
     for column in columns:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
-from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, storage_type
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Looked, Parts, Taken, storage_type
 from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, resize, sizes, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
@@ -49,7 +50,7 @@ class ImageField:
         if transform is None:
             if not is_image(field, known):
                 return None
-            form = "uint8[B, 3, H, W], a list where sizes differ"
+            form = "uint8[B, 3, H, W], a list where sizes differ" + _found(field.name, known)
         elif not isinstance(transform, Image):
             return None
         elif not is_encoded(field.type):
@@ -259,6 +260,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def is_encoded(kind: pa.DataType) -> bool:
+    """Whether an Arrow type can hold files: a binary one, or struct<bytes, ...>."""
     kind = storage_type(kind)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
@@ -266,7 +268,8 @@ def is_encoded(kind: pa.DataType) -> bool:
 
 
 def is_image(field: pa.Field, known: Known) -> bool:
-    """Declared by Hugging Face or Lance, of Hugging Face's shape, or bytes that start like an image."""
+    """Declared by Hugging Face or Lance, of Hugging Face's shape, or bytes of which any that were looked at start like
+    an image."""
     if not is_encoded(field.type):
         return False
     feature = known.features.get(field.name)
@@ -277,8 +280,32 @@ def is_image(field: pa.Field, known: Known) -> bool:
     kind = storage_type(field.type)
     if pa.types.is_struct(kind):
         return {f.name for f in kind} == {"bytes", "path"}
-    value = known.first_value(field.name)
-    return (
-        value is not None
-        and headers.sniff((value.value if hasattr(value, "value") else value).as_py()[:16]) is not None
-    )
+    return look(field.name, known).images > 0
+
+
+def look(name: str, known: Known) -> Looked:
+    """What values of a binary column start like: the first one if it is an image, else up to sixteen."""
+    if name not in known.looked:
+        images = count = 0
+        for value in known.values(name):
+            plain = value.value if hasattr(value, "value") else value
+            images, count = images + (headers.sniff(plain.as_py()[:16]) is not None), count + 1
+            if images == count == 1:  # one is enough to say so; what else there is falls under the policy
+                break
+        known.looked[name] = Looked(images, count)
+    return known.looked[name]
+
+
+def _found(name: str, known: Known) -> str:
+    """What was found in a column of images that nobody declared, where that is not plain; warns where few are some."""
+    looked = known.looked.get(name)
+    if looked is None or looked.images == looked.count:
+        return ""
+    what = f"{looked.images} of {looked.count} values looked at start like an image"
+    if 2 * looked.images < looked.count:
+        warnings.warn(
+            f"Column {name!r}: {what}, so it is taken as images. transforms={{{name!r}: Image(None)}} says so, and "
+            f"transforms={{{name!r}: bytes}} leaves it as it is.",
+            stacklevel=2,
+        )
+    return f"; {what}"

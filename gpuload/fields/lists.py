@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from gpuload.fields import Column, Field, Geometry, Known, Parts, Taken, is_text
+from gpuload.fields.values import to_python
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -22,7 +23,10 @@ class ListField:
 
     @classmethod
     def column(cls, field: pa.Field, transform: Any, known: Known) -> Column | None:
-        form = "list[str]" if is_text(field.type) else "list"
+        looked = known.looked.get(field.name)
+        form = "list[str]" if is_text(field.type) else "list" if looked is None else "list[bytes]"
+        if looked is not None and looked.count:
+            form += f"; none of {looked.count} values looked at starts like an image"
         return Column(field.name, field.type, "list", form, None, cls.make)
 
     @classmethod
@@ -30,4 +34,8 @@ class ListField:
         return [cls(columns)]
 
     def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
-        return Taken({column.name: rows.column(column.name).to_pylist() for column in self.columns})
+        taken = Taken()
+        for column in self.columns:
+            taken.values[column.name], errors = to_python(rows.column(column.name))
+            taken.fails += [(i, column.name, error) for i, error in errors.items()]
+        return taken

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 
-from gpuload.errors import expect
+from gpuload.errors import ConfigError, expect
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
@@ -18,6 +18,10 @@ def _interval(name: str, value: tuple[float, float], upper: float = math.inf) ->
     pair = isinstance(value, (tuple, list)) and len(value) == 2
     good = pair and 0 < value[0] <= value[1] <= upper and value[1] < math.inf
     expect(good, f"Image({name}=(low, high)) with 0 < low <= high{f' <= {upper:g}' if upper < math.inf else ''}", value)
+
+
+_USED = {"crop_ratio": "center", "scale": "random", "ratio": "random"}  # word → the crop that looks at it
+_UNUSED = {crop: tuple(name for name, user in _USED.items() if user != crop) for crop in ("center", "random", "none")}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,11 @@ class Image:
         expect(0 < self.crop_ratio <= 1, "Image(crop_ratio=...) in (0, 1]", self.crop_ratio)
         _interval("scale", self.scale, 1)
         _interval("ratio", self.ratio)
-        expect(0 <= self.flip <= 1, "Image(flip=...) as a probability in [0, 1]", self.flip)
+        share = 0 <= self.flip <= 1 and not isinstance(self.flip, bool)
+        expect(share, "Image(flip=...) as a probability in [0, 1]", self.flip)
+        for name in ("channels_last", "orient", "fast"):
+            expect(isinstance(getattr(self, name), bool), f"Image({name}=...) as True or False", getattr(self, name))
+        self._expect_used()
         expect(self.mode in ("RGB", "L"), 'Image(mode="RGB"|"L")', self.mode)
         expect(self.dtype in IMAGE_DTYPES, f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
         good = isinstance(self.views, int) and not isinstance(self.views, bool) and self.views > 0
@@ -109,6 +117,18 @@ class Image:
                 expect(name == "mean" or all(v > 0 for v in value), "Image(std=...) above 0", value)
                 expect(self.dtype != torch.uint8, f"a float dtype beside Image({name}=...)", self.dtype)
                 object.__setattr__(self, name, value)
+
+    def _expect_used(self) -> None:
+        """Raise `ConfigError` for a word that would have no effect beside the others."""
+        unused: tuple[str, ...] = _UNUSED[self.crop]
+        if self.size is None:  # every image stays as it is
+            unused = ("crop", "crop_ratio", "scale", "ratio", "channels_last", "fast")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in unused and value != field.default:
+                there = "size=None" if self.size is None else f"crop={self.crop!r}"
+                wanted = "a size" if self.size is None else f"crop={_USED[name]!r}"
+                raise ConfigError(f"Expected {wanted} beside Image({name}=...), got {there} beside {name}={value!r}.")
 
     @property
     def channels(self) -> int:

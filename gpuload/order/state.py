@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from gpuload.errors import StateError
+from gpuload.errors import ConfigError, StateError
 
 VERSION = 1
 _COUNTS = ("epoch", "step", "start", "taken", "world_size")
@@ -68,12 +68,14 @@ def restore(
 
     Raises
     ------
+    ConfigError
+        No mapping.
     StateError
         No state, or one of another dataset, version, filter, sample, seed, sampler or batch size, or of another world
         size where the order depends on it: names the field and both values.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"Expected a state_dict() of gpuload.LanceDataset, got {state!r}.")
+        raise ConfigError(f"Expected a state_dict() of gpuload.LanceDataset, got {state!r}.")
     missing = [name for name in ("version", *_COUNTS) if name not in state]
     if missing:
         raise StateError(f"Expected a state_dict() of gpuload.LanceDataset, got one without {missing}.", missing[0])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from gpuload.order.permutation import Permutation
 from gpuload.tables import malloc, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
+
+_LOOK = 16  # values that tell what a binary column holds: some MB of photos
 
 
 class LanceTable:
@@ -192,24 +194,38 @@ class LanceTable:
         raw = (self.schema.metadata or {}).get(b"huggingface")
         return HuggingFaceConverter(json.loads(raw)) if raw else None
 
-    def first_value(self, name: str) -> Any:
-        """The first value of a binary column that is neither null nor empty, as an Arrow scalar; None without one.
+    def values(self, name: str) -> Iterator[Any]:
+        """Up to sixteen values of a binary column that are neither null nor empty, as Arrow scalars.
 
-        Looks at the first row, then at sixteen, then lets Lance search.
+        First that of the first row, then others, evenly spread over the rows that the filter leaves, whatever `samples`
+        and `seed`; where all of them are null, Lance searches. Each is read when it is asked for.
         """
-        for rows in (1, 16):
-            head = self.read(np.array([[0, min(self.rows, rows)]])).column(name)
-            found = next((value for value in head.drop_null() if len(value.as_py())), None)
-            if found is not None or self.rows <= rows:
-                return found
         field = next(f for f in self._fields if f.name == name)
+        none = True
+        for positions in (self._look[:1], self._look[1:]):
+            for value in self._look_at(field, positions) if len(positions) else ():
+                if len(value.as_py()):
+                    none = False
+                    yield value
+        if none:
+            yield from (value for value in self._search(field) if len(value.as_py()))
+
+    def _look_at(self, field: Field, positions: NDArray[np.int64]) -> list[Any]:
+        """The values of a field at these positions that are not null."""
+        if field.blob:
+            found = self.lance.read_blobs(field.path[0], indices=positions.tolist())
+            return [pa.scalar(value, pa.large_binary()) for _, value in found if value is not None]
+        rows = take_rows(self.lance, {field.name: field.expression}, coalesce(positions))
+        return list(rows.column(0).drop_null())
+
+    def _search(self, field: Field) -> list[Any]:
+        """The first values of a field that are not null, wherever they are."""
         known = f"{field.expression} IS NOT NULL"
         if field.blob:
-            first = self.lance.scanner(columns=[], filter=known, with_row_address=True, limit=1).to_table()
+            first = self.lance.scanner(columns=[], filter=known, with_row_address=True, limit=_LOOK).to_table()
             blobs = self.lance.read_blobs(field.path[0], addresses=first["_rowaddr"].to_pylist()) if len(first) else []
-            return pa.scalar(blobs[0][1], pa.large_binary()) if blobs else None
-        rest = self.lance.to_table(columns={name: field.expression}, filter=known, limit=1)
-        return rest.column(0)[0] if len(rest) else None
+            return [pa.scalar(value, pa.large_binary()) for _, value in blobs]
+        return list(self.lance.to_table(columns={field.name: field.expression}, filter=known, limit=_LOOK).column(0))
 
     @property
     def cached(self) -> bool:
@@ -246,6 +262,8 @@ class LanceTable:
         """Sorted positions of the rows that are used, None for all of them."""
         selected = None if filter is None else self._matching(filter, counts)
         left = int(counts.sum()) if selected is None else len(selected)
+        spread = np.unique(np.linspace(0, max(left - 1, 0), min(left, _LOOK)).astype(np.int64))
+        self._look = spread if selected is None else selected[spread]  # positions of rows to look at
         if not 0 < samples < left:
             return selected
         drawn = np.sort(Permutation(left, seed)(np.arange(samples)))
@@ -301,7 +319,7 @@ def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> 
     if not isinstance(dataset, (str, Path)):
         raise ConfigError(f"Expected a URI, a path or a lance.LanceDataset, got {type(dataset).__name__}.")
     try:
-        return lance.dataset(dataset, **options)
+        return lance.dataset(os.path.expanduser(dataset), **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got: {_first_line(error)}") from error
 

@@ -40,6 +40,12 @@ def project(dataset: Any, columns: Sequence[str] | dict[str, str] | None, extra:
         raise ConfigError(f"Expected columns as a list of names or a dict of name to SQL, got {columns!r}.")
     if columns is None:
         columns = schema.names
+    if not isinstance(columns, (dict, Sequence)):
+        raise ConfigError(f"Expected columns as a list of names or a dict of name to SQL, got {columns!r}.")
+    texts = [*columns.keys(), *columns.values()] if isinstance(columns, dict) else columns
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None or None in texts:
+        raise ConfigError(f"Expected columns as names or SQL expressions, each a str, got {wrong!r} in {columns!r}.")
     wanted = dict(columns) if isinstance(columns, dict) else {name: name for name in columns}
     if not isinstance(columns, dict) and len(wanted) < len(columns):
         raise ConfigError(f"Expected each column once, got columns={list(columns)}.")

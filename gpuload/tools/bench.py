@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from gpuload.badrows import BadRow
 from gpuload.clock import share
 from gpuload.dataset import LanceDataset
 from gpuload.device import threads_here
+from gpuload.errors import BadRowWarning
 from gpuload.fields.text import Text
 from gpuload.images.transform import Image
 from gpuload.tables.lance import LanceTable
@@ -32,6 +35,8 @@ class Measured:
         Seconds to the first batch.
     stats : dict
         ``dataset.stats()`` at the end.
+    bad_rows : list of BadRow
+        Which were met, each once.
     """
 
     rows: int
@@ -39,6 +44,7 @@ class Measured:
     seconds: float
     first: float
     stats: dict[str, Any]
+    bad_rows: list[BadRow] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -53,20 +59,22 @@ def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = 
     rows = batches = 0
     first = 0.0
     began = time.perf_counter()
-    for epoch in range(1_000_000):
-        dataset.set_epoch(epoch)
-        for batch in dataset:
-            rows, batches = rows + batch.size, batches + 1
-            first = first or time.perf_counter() - began
-            del batch
-            if time.perf_counter() - began >= seconds:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BadRowWarning)  # the report names all of them
+        for epoch in range(1_000_000):
+            dataset.set_epoch(epoch)
+            for batch in dataset:
+                rows, batches = rows + batch.size, batches + 1
+                first = first or time.perf_counter() - began
+                del batch
+                if time.perf_counter() - began >= seconds:
+                    break
+            if not batches or time.perf_counter() - began >= seconds:
                 break
-        if not batches or time.perf_counter() - began >= seconds:
-            break
     taken = time.perf_counter() - began
     stats = dataset.stats()
     dataset.close()
-    return Measured(rows, batches, taken, first, stats)
+    return Measured(rows, batches, taken, first, stats, dataset.bad_rows)
 
 
 def prepare(uri: str, batch_size: int, size: int, threads: int | None, shuffle: str | None) -> LanceDataset:

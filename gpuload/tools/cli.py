@@ -1,4 +1,4 @@
-"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``bench`` and ``demo``.
+"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``verify``, ``bench`` and ``demo``.
 
 Enter: arguments. Leave: tables on stdout, progress and complaints on stderr, exit code 1 with one line on an error.
 Torch and Lance are imported inside the commands, so that ``gpuload --help`` is quick.
@@ -7,9 +7,11 @@ Torch and Lance are imported inside the commands, so that ``gpuload --help`` is 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gpuload.errors import ConfigError, GpuloadError
+from gpuload.errors import BadRowWarning, ConfigError, GpuloadError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from gpuload.batch import Batch
     from gpuload.order.samplers import FullScanSampler
     from gpuload.tools.ingest import IngestReport
+    from gpuload.tools.verify import Verified
 
 _LISTED = 20  # lines of a report on stderr
 
@@ -118,7 +121,7 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
         rows = [("left out", *entry) for entry in done.left_out]
         rows += [("caption not used", *entry) for entry in done.unused_captions]
         try:
-            with open(file, "w", encoding="utf-8", newline="") as out:
+            with open(file.expanduser(), "w", encoding="utf-8", newline="") as out:
                 csv.writer(out).writerows([("what", "path", "why"), *rows])
         except OSError as error:
             raise ConfigError(f"Expected a place for the report, got {str(file)!r}: {error.strerror}.") from error
@@ -175,16 +178,70 @@ def view(
     if start >= source.rows:
         raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")
     wanted = list(dict.fromkeys([image, *([caption] if caption else [])]))
-    with LanceDataset(
-        dataset, columns=wanted, batch_size=rows, on_error="mask", device="cpu", sampler=_from(start)
-    ) as d:
-        batch = next(iter(d))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BadRowWarning)  # the sheet shows them
+        with LanceDataset(
+            dataset, columns=wanted, batch_size=rows, on_error="mask", device="cpu", sampler=_from(start)
+        ) as d:
+            batch = next(iter(d))
     texts = _texts(batch, caption, class_names(source, caption)) if caption else None
     title = f"{Path(dataset).name}, rows {int(batch.rows[0]):,} to {int(batch.rows[-1]):,}"
     sheet = contact_sheet(batch[image], texts, valid=batch.valid, columns=columns, title=title)
     _save(sheet, out)
     broken = int((~batch.valid).sum())
     print(f"{out}: {title}{f', {broken:,} not readable' if broken else ''}; column {image}, captions from {caption}")
+
+
+@app.command()
+def verify(
+    dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset with images.")],
+    image: Annotated[list[str] | None, typer.Option(help="A column of images. Default: all of them.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the bad images to this .jsonl or .lance.")
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write a new version of the dataset without the bad rows.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that decode. Default: one a core.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Do not go on where an interrupted run ended.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
+) -> None:
+    """Decode every image, and say which rows are bad.
+
+    Exit status: 0 if no image is bad, or --fix has removed those that are; 1 if some are; 2 if that cannot be said.
+    """
+    from gpuload.tools.verify import check_report, verify, write_report
+
+    try:
+        if out is not None:
+            out = out.expanduser()
+            check_report(out)
+        done = verify(dataset, images=image, num_threads=threads, fix=fix, restart=restart, progress=progress)
+        if out is not None:
+            write_report(done.bad, out)
+    except GpuloadError as error:
+        _complain(f"gpuload: {error}")
+        raise typer.Exit(2) from error
+    if done.begun_at:
+        _complain(f"went on at row {done.begun_at:,}, where an interrupted run ended; --restart begins again")
+    if as_json:
+        print(json.dumps(done.as_json(), ensure_ascii=False))
+    else:
+        _say_what_is_bad(done, out)
+    raise typer.Exit(1 if done.bad and done.fixed_version is None else 0)
+
+
+def _say_what_is_bad(done: Verified, out: Path | None) -> None:
+    shown = [(f"{bad.row:,}", bad.column, bad.reason, bad.decoder) for bad in done.bad[:_LISTED]]
+    if shown:
+        _table(_console(), ("row", "column", "reason", "decoder"), shown)
+    if len(done.bad) > _LISTED:
+        _complain(f"{len(done.bad) - _LISTED:,} more{'' if out else '; --out FILE.jsonl and --json list them all'}")
+    parts = [f"{done.images:,} images in {done.rows:,} rows of version {done.version}", f"{len(done.bad):,} bad"]
+    parts += [f"{len(done.bad_rows):,} rows with one"] if done.bad else []
+    parts += [f"version {done.fixed_version} is without them"] if done.fixed_version is not None else []
+    print(f"{done.dataset}: {'; '.join(parts)}; {done.seconds:,.1f} s")
 
 
 @app.command()
@@ -210,8 +267,12 @@ def bench(
     console.print(f"after {done.first:,.2f} s; {done.stats['bottleneck']}")
     for line in advice(done.stats):
         console.print(_plain(line))
+    for bad in done.bad_rows[:_LISTED]:
+        _complain(f"bad row: {bad.row}, column {bad.column}: {bad.reason}")
+    if done.bad_rows:
+        print(f"{len(done.bad_rows):,} bad rows, masked while measuring; `gpuload verify {dataset}` lists all of them")
     if timeline and trace:
-        print(f"{trace}: {timeline.write(trace):,} events")
+        print(f"{trace}: {timeline.write(trace.expanduser()):,} events")
 
 
 @app.command()
@@ -227,7 +288,7 @@ def demo(
     from gpuload.tools.demo import write_demo
     from gpuload.tools.sheet import contact_sheet
 
-    folder = out or Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
+    folder = out.expanduser() if out else Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
     target = folder / "shapes.lance"
     console, began = _console(), time.perf_counter()
     write_demo(target, rows)
@@ -336,6 +397,7 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
 
 
 def _save(sheet: Any, out: Path) -> None:
+    out = out.expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out)

@@ -76,7 +76,7 @@ def image_sample(source: LanceTable, name: str) -> list[tuple[str, str]]:
 
 def columns(source: LanceTable) -> list[Column]:
     """Every column with the role it has without any transform."""
-    return resolve(source.schema, {}, source.first_value)
+    return resolve(source.schema, {}, source.values)
 
 
 def form(source: LanceTable, column: Column) -> str:

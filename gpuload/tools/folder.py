@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
+from gpuload.images import Encoded, headers
 from gpuload.stages import ordered_map
 
 FILE_KEYS = ("file_name", "filename", "file", "path", "image")
@@ -209,13 +210,24 @@ def _read(root: Path, file: File) -> Row:
 
 
 def why_no_image(data: bytes) -> str:
-    """Why the header is no image's, "" if it is one's. Pixels are not decoded: a cut-off file passes."""
+    """Why a file is no whole image, "" if it is one.
+
+    JPEG and PNG files are taken by their headers and their ends, of the others the pixels are decoded: most have no
+    mark by which a file that was cut could be told.
+    """
     if not data:
         return "empty file"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
+            kind = "JPEG" if image.format == "MPO" else image.format
+            marked = kind in ("JPEG", "PNG")
             image.verify()
+        if marked and not headers.read(Encoded.of([data]))["end"][0]:
+            return f"cut {kind} file: {len(data)} bytes without its end marker"
+        if not marked:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                image.load()
     except UnidentifiedImageError:
         return f"not an image: {len(data)} bytes starting {data[:8].hex()}"
     except Exception as error:  # a format's parser may raise anything on hostile bytes

@@ -109,7 +109,8 @@ def ingest(
     ConfigError
         The folder, the captions or the target cannot work, or no file is an image.
     """
-    began, uri = time.perf_counter(), os.fspath(target)
+    began, uri, source = time.perf_counter(), os.path.expanduser(os.fspath(target)), os.path.expanduser(source)
+    captions = None if captions is None else os.path.expanduser(captions)
     old = _existing(uri, overwrite, append)
     folder = Folder(source, captions, labels, without=uri)
     if old is not None and append:
