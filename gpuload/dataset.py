@@ -63,6 +63,11 @@ class LanceDataset(IterableDataset[Batch]):
         SQL condition, resolved once; works with every sampler.
     samples : int, optional
         Use this many rows, drawn once with `seed`.
+    split : (float, float), optional
+        ``(lo, hi)``: only the rows whose hashed position lies there, half-open, whatever `seed` is; `filter` and
+        `samples` choose among them. ``(0.0, 0.9)`` and ``(0.9, 1.0)`` have no row in common and all of them together,
+        and a row stays in its split when others are appended. Where rows before it are deleted its position is
+        another: delete first, then split.
     cache : str, Path or bool, optional
         Copy the selected rows to a temporary folder (in this folder) at first use, and read from there.
     with_row_id, with_row_address : bool
@@ -120,6 +125,7 @@ class LanceDataset(IterableDataset[Batch]):
         columns: Sequence[str] | dict[str, str] | None = None,
         filter: str | None = None,
         samples: int | None = 0,
+        split: tuple[float, float] | None = None,
         cache: str | Path | bool | None = None,
         with_row_id: bool = False,
         with_row_address: bool = False,
@@ -155,6 +161,7 @@ class LanceDataset(IterableDataset[Batch]):
             columns=columns,
             filter=filter,
             samples=samples or 0,
+            split=split,
             cache=cache,
             with_row_id=with_row_id,
             with_row_address=with_row_address,
@@ -272,6 +279,11 @@ class LanceDataset(IterableDataset[Batch]):
     def seed(self) -> int:
         """Of the order, the sample, the crops and the flips."""
         return self._options.seed
+
+    @property
+    def split(self) -> tuple[float, float] | None:
+        """The share of the rows that is used, as asked for."""
+        return self._options.split
 
     @property
     def num_threads(self) -> int | None:
@@ -395,8 +407,10 @@ class LanceDataset(IterableDataset[Batch]):
         options = self._options
         if self._source is None:
             self._source = LanceTable(options.dataset, **options.table())
-            if not self._source.rows and options.filter is not None:
-                warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
+            if not self._source.rows and (options.filter is not None or options.split is not None):
+                words = {"filter": options.filter, "split": options.split}
+                given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
+                warnings.warn(f"No row matches {given}.", stacklevel=3)
         if not self._columns:
             self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
         return self._source

@@ -14,8 +14,9 @@ from gpuload.errors import ConfigError, expect_counts, expect_int
 from gpuload.fields.text import Text
 from gpuload.images.decode.choose import check_decoder
 from gpuload.images.transform import Image
-from gpuload.order.choose import expect_alone, make_sampler
+from gpuload.order.choose import expect_alone, expect_planned, make_sampler
 from gpuload.order.ranks import Ranks
+from gpuload.order.split import make_split
 from gpuload.pipeline import ON_ERROR
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
@@ -37,6 +38,7 @@ class Options:
     columns: Sequence[str] | dict[str, str] | None
     filter: str | None
     samples: int
+    split: tuple[float, float] | None
     cache: str | Path | bool | None
     with_row_id: bool
     with_row_address: bool
@@ -78,7 +80,8 @@ class Options:
         check_decoder(self.decoder)
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)
-        self.choose_sampler(self.ranks())
+        object.__setattr__(self, "split", make_split(self.split))
+        expect_planned(self.choose_sampler(self.ranks()), split=self.split)
 
     def ranks(self) -> Ranks:
         """Where rank and world size come from."""
@@ -94,6 +97,7 @@ class Options:
             "columns": self.columns,
             "filter": self.filter,
             "samples": self.samples,
+            "split": self.split,
             "seed": self.seed,
             "with_row_id": self.with_row_id,
             "with_row_address": self.with_row_address,

@@ -58,6 +58,7 @@ ORDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "Lance's own sampler": lambda: {"sampler": lance.sampler.ShardedFragmentSampler(0, 2)},
     "filter": lambda: {"filter": "number % 3 = 1", "shuffle": True},
     "samples": lambda: {"samples": 20, "seed": 5},
+    "split": lambda: {"split": (0.2, 0.9), "shuffle": True},
 }
 
 
