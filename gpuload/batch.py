@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from gpuload.errors import ConfigError
+from gpuload.frameworks import batches_of_batches
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 
@@ -128,10 +129,7 @@ def _collate(batches: Iterable[Batch], *, collate_fn_map: Any = None) -> Batch:
     found = list(batches)
     if len(found) == 1:
         return found[0]
-    raise ConfigError(
-        f"Expected DataLoader(dataset) or DataLoader(dataset, batch_size=None), got batch_size={len(found)}: "
-        "LanceDataset yields whole batches. Give the number of rows to LanceDataset(..., batch_size=...)."
-    )
+    raise ConfigError(batches_of_batches())
 
 
 default_collate_fn_map[Batch] = _collate

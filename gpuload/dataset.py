@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
@@ -26,6 +26,7 @@ from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import fields, resolve
 from gpuload.fields.text import Text
+from gpuload.frameworks import NO_ROWS, check_random_split, check_skip, check_wrappers, overfits
 from gpuload.images import Decoder, resize
 from gpuload.images.decode.choose import calls_at_once, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
@@ -36,7 +37,6 @@ from gpuload.order import plans
 from gpuload.order.choose import telling
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
-from gpuload.order.ranks import check_wrappers
 from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
@@ -207,8 +207,13 @@ class LanceDataset(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Batches of this rank's epoch, the same on every rank."""
+        check_random_split()
         found = plans.planner(self._sampler(), "len()")
         return len(plans.cut(found, self._open(), self._options, Position(self._epochs.now())))
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Always ConfigError: there are no single rows. `split` is for train and validation."""
+        raise ConfigError(f"Expected iteration, got dataset[{index!r}]. {NO_ROWS}")
 
     def __repr__(self) -> str:
         source = self._open()
@@ -238,7 +243,15 @@ class LanceDataset(IterableDataset[Batch]):
     @property
     def sampler(self) -> Any:
         """The sampler in use, with the rank and world size of now; a copy, whose `set_epoch` is the dataset's."""
-        return telling(self._sampler(), self._epochs.now(), self.set_epoch)
+        found = self._sampler()
+        if overfits(getattr(found, "randomize", False)):
+            return SequentialSampler(self)
+        return telling(found, self._epochs.now(), self.set_epoch)
+
+    @property
+    def batch_sampler(self) -> None:
+        """None, as of a DataLoader of any IterableDataset: no indices make the batches."""
+        check_skip()
 
     @property
     def clocks(self) -> Mapping[str, Clock]:
