@@ -5,11 +5,13 @@ They do not say who they are, and some take a wrong answer without a word; but t
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, stopped
 
 _DEPTH = 16  # frames from a loader's loop down to iter(dataset)
 _FRAMEWORKS = ("accelerate.", "transformers.")
@@ -29,7 +31,8 @@ def check_wrappers(world_size: int) -> None:
 
     Accelerate, and transformers with it, wrap a loader of any IterableDataset: ``DataLoaderDispatcher`` reads on rank
     0 alone and cuts its batches up, ``IterableDatasetShard`` keeps every n-th batch of what is this rank's already.
-    A `DataLoader` with a batch size makes batches of batches, with a ``collate_fn`` of its own even without an error.
+    A `DataLoader` with a batch size makes batches of batches, with a ``collate_fn`` of its own even without an error;
+    a StopIteration of such a function is made an error.
 
     Raises
     ------
@@ -41,6 +44,8 @@ def check_wrappers(world_size: int) -> None:
             batch_size = getattr(frame.f_locals.get("loader"), "batch_size", None)
             if isinstance(batch_size, int) and batch_size > 1:
                 raise ConfigError(batches_of_batches(batch_size))
+        if module == "torch.utils.data._utils.fetch":
+            _guard_collate(frame.f_locals.get("self"))
         if not module.startswith(_FRAMEWORKS):
             continue
         wrapper = frame.f_locals.get("self")
@@ -52,6 +57,20 @@ def check_wrappers(world_size: int) -> None:
                 f"Expected LanceDataset as the loader itself, got it inside {kind}: its batches, which are this rank's "
                 f"own, would be {what}. {_OWN}"
             )
+
+
+def _guard_collate(fetcher: Any) -> None:
+    """A StopIteration of the user's ``collate_fn`` ends a DataLoader's epoch as if there were no more batches."""
+    collate = getattr(fetcher, "collate_fn", None)
+    if callable(collate) and not getattr(collate, "__module__", "").startswith("torch."):
+        fetcher.collate_fn = functools.partial(_guarded, collate)
+
+
+def _guarded(collate: Callable[[Any], Any], batches: Any) -> Any:
+    try:
+        return collate(batches)
+    except StopIteration as error:
+        raise stopped("collate_fn") from error
 
 
 def batches_of_batches(batch_size: int | None = None) -> str:
