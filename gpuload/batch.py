@@ -24,7 +24,8 @@ class Batch(dict[str, Any]):
     rows : i64[B]
         Positions of the rows in the dataset, on the CPU; -1 in a batch that a framework rebuilt from its columns.
     valid : bool[B]
-        False for rows that only fill up a short rank and for rows that ``on_error="mask"`` blanked, on the CPU.
+        False for rows that only fill up a short rank and for bad ones that ``on_error="mask"`` blanked or
+        ``"replace"`` filled in, on the CPU.
     epoch, step : int
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
@@ -72,7 +73,26 @@ class Batch(dict[str, Any]):
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
-        index = torch.from_numpy(np.flatnonzero(mask))
+        kept = np.flatnonzero(mask)
+        columns, nulls = self._picked(kept)
+        index = torch.from_numpy(kept)
+        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls)
+
+    def replace(self, bad: NDArray[np.bool_]) -> Batch:
+        """The same rows; where ``bad`` (bool[B]) is True with the columns of the next row where it is not, around the
+        end, and with zeros where there is none. `rows` and `valid` stay."""
+        good, at = np.flatnonzero(~bad), np.flatnonzero(bad)
+        if not len(good):
+            zeros = {name: _each(value, torch.zeros_like) for name, value in self.items()}
+            return Batch(zeros, self.rows, self.valid, self.epoch, self.step, self.nulls)
+        index = np.arange(self.size)
+        index[at] = good[np.searchsorted(good, at) % len(good)]
+        columns, nulls = self._picked(index)
+        return Batch(columns, self.rows, self.valid, self.epoch, self.step, nulls)
+
+    def _picked(self, rows: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The columns and the nulls of these rows of the batch, in this order."""
+        index = torch.from_numpy(rows)
         pinned = index.pin_memory() if any(_on_cuda(value) for value in self.values()) else index
 
         def pick(value: Any) -> Any:
@@ -80,11 +100,10 @@ class Batch(dict[str, Any]):
                 kept = pick_rows(value, (pinned if value.is_cuda else index).to(value.device, non_blocking=True))
                 last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
-            return [value[i] for i in index.tolist()]
+            return [value[i] for i in rows.tolist()]
 
         nulls = {name: flags[index] for name, flags in self.nulls.items()}
-        columns = {name: pick(value) for name, value in self.items()}
-        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls)
+        return {name: pick(value) for name, value in self.items()}, nulls
 
     def __reduce__(self) -> tuple[type[Batch], tuple[Any, ...]]:
         return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls)

@@ -96,8 +96,10 @@ class LanceDataset(IterableDataset[Batch]):
         either.
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
-    on_error : {"raise", "skip", "mask"}
-        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``.
+    on_error : {"raise", "skip", "mask", "replace"}
+        A row that cannot be decoded: stop with its place; leave it out, and its batch where nothing else is in it,
+        which is an error where other ranks wait for that batch; keep zeros with ``valid=False``; or the columns of the
+        next good row of its batch (around the end, zeros where there is none) with ``valid=False``.
     drop_last : bool
         Leave out the rows that do not fill a batch on every rank.
     shuffle : bool or {"row", "block", "batch"}
@@ -139,7 +141,7 @@ class LanceDataset(IterableDataset[Batch]):
         transforms: Mapping[str, Image | Text] | None = None,
         device: str | torch.device = "auto",
         decoder: str | Decoder = "auto",
-        on_error: Literal["raise", "skip", "mask"] = "raise",
+        on_error: Literal["raise", "skip", "mask", "replace"] = "raise",
         drop_last: bool = False,
         shuffle: bool | Literal["row", "block", "batch"] = False,
         seed: int = 0,
@@ -354,7 +356,7 @@ class LanceDataset(IterableDataset[Batch]):
         """Counts since this object was made: batches, rows, bad rows, images by decoder; figures by stage, and the
         stage that limits the rate, in words."""
         stages = {name: clock.read() for name, clock in self._clocks.items()}
-        counted = ("batches", "rows", "rows_skipped", "rows_masked", "nulls", "bytes_read")
+        counted = ("batches", "rows", "rows_skipped", "rows_masked", "rows_replaced", "nulls", "bytes_read")
         decoder = self._decode_with()
         return {
             "device": describe(self.device),
@@ -435,7 +437,8 @@ class LanceDataset(IterableDataset[Batch]):
         """The steps of an epoch from where the run that `place` belongs to began, and its batches from there on."""
         options, source = self._options, self._open()
         self._fill_cache()
-        steps, reads = plans.reads(self._sampler(), source, options, place)
+        sampler = self._sampler()
+        steps, reads = plans.reads(sampler, source, options, place)
         if options.to_tensor_fn is not NOT_GIVEN:
             bounds = (options.batch_readahead, options.readahead_bytes)
             converter = source.hf_converter()
@@ -445,7 +448,8 @@ class LanceDataset(IterableDataset[Batch]):
         order = [name for column in self._columns for name in (column.name, *column.more)]
         pipeline = Pipeline(
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
-            whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
+            alone=getattr(sampler, "world_size", 1) == 1, whole=takes_batches(decoder),
+            ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
             counts=self._counts, clocks=clocks,
         )  # fmt: skip
         return steps, pipeline.run(reads)

@@ -33,8 +33,13 @@ from gpuload.tables import Selection
 _SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
 _SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
 _CUDA_SLICE_BYTES = 64 << 20  # encoded: some ten times as much on the GPU, four slices at a time
-ON_ERROR = ("raise", "skip", "mask")
-_COUNTED = {"skip": "rows_skipped", "mask": "rows_masked"}
+ON_ERROR = ("raise", "skip", "mask", "replace")
+_COUNTED = {"skip": "rows_skipped", "mask": "rows_masked", "replace": "rows_replaced"}
+_GO_ON = 'Set on_error="replace", "mask" or "skip" to go on without the row.'
+_EMPTY = (
+    'on_error="skip" would leave nothing of this batch, and other ranks would wait for its step. Set '
+    'on_error="replace" or "mask", which keep every batch.'
+)
 
 
 def read_threads(cores: int) -> int:
@@ -88,7 +93,9 @@ class Pipeline:
     streams : Streams
     seed, epoch : int
         Of the draws.
-    on_error : {"raise", "skip", "mask"}
+    on_error : {"raise", "skip", "mask", "replace"}
+    alone : bool
+        No other rank has a batch at the same step.
     whole : bool
         Slices are whole batches, not a few rows.
     ahead : int
@@ -109,6 +116,7 @@ class Pipeline:
         seed: int,
         epoch: int,
         on_error: str,
+        alone: bool,
         whole: bool,
         ahead: int,
         ahead_bytes: int,
@@ -117,7 +125,7 @@ class Pipeline:
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
-        self._whole = whole
+        self._alone, self._whole = alone, whole
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
@@ -149,7 +157,10 @@ class Pipeline:
                 if not part.draft.slices:
                     budget.leave()
                     done.ready()  # starts what may be under way while the loop works
-                    yield self._finish(part.draft)
+                    batch = self._finish(part.draft)
+                    if batch.size:
+                        yield batch
+                    del batch
                 del part
         finally:
             done.close()
@@ -229,13 +240,13 @@ class Pipeline:
         for i, name, error in draft.fails:
             errors.setdefault(i, (name, error))  # the first: a missing file beats the null that it left
             bad[i] = True
-        if errors and self._on_error == "raise":
+        empty = self._on_error == "skip" and bool(bad.all())
+        if errors and (self._on_error == "raise" or (empty and not self._alone)):
             i = min(errors)
             name, error = errors[i]
-            hint = 'Set on_error="skip" or "mask" to go on without the row.'
-            raise error.at(int(draft.rows[i]), name, hint)
+            raise error.at(int(draft.rows[i]), name, _EMPTY if empty else _GO_ON)
         counted = int((bad & valid).sum())
-        self._count(batches=1, rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
+        self._count(batches=int(not empty), rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
         batch = Batch(
             columns,
             torch.from_numpy(draft.rows),
@@ -244,6 +255,8 @@ class Pipeline:
             draft.step,
             draft.nulls,
         )
+        if bad.any() and self._on_error == "replace":
+            return batch.replace(bad)
         return batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
 
     def _count(self, **numbers: int) -> None:

@@ -629,7 +629,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "filter_type": ({"filter": 3}, "filter as an SQL condition, got 3"),
     "shuffle_of_fragments": ({"shuffle": "row", "shard_granularity": "fragment"}, 'shuffle="batch" or False beside'),
     "seed": ({"seed": 1.5}, "seed as an int, got 1.5"),
-    "on_error": ({"on_error": "ignore"}, r"on_error as one of \('raise', 'skip', 'mask'\), got 'ignore'"),
+    "on_error": ({"on_error": "ignore"}, r"on_error as one of \('raise', 'skip', 'mask', 'replace'\), got 'ignore'"),
     "device": ({"device": "tpu"}, 'device="auto", "cuda", "cuda:N" or "cpu", got \'tpu\''),
     "device_type": ({"device": 1.5}, 'device="auto", "cuda", "cuda:N" or "cpu", got 1.5'),
     "decoder": ({"device": "cpu", "decoder": "opencv"}, "Expected decoder .*got 'opencv'"),
