@@ -81,7 +81,9 @@ class LanceDataset(IterableDataset[Batch]):
     readahead_bytes : int
         And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
     to_tensor_fn : callable or None, optional
-        Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
+        Called with each RecordBatch instead of gpuload's conversion, and ``hf_converter=``, ``use_blob_api=``; None
+        yields the RecordBatches. With columns of blobs each is a dict: Arrow arrays, ``_rowid``, and lists of
+        ``lance.BlobFile``, with ``use_blob_api=True``.
     sampler : lance.sampler.Sampler, optional
         One of gpuload's or Lance's, or your own; instead of `shuffle`, `shard_granularity`, `rank` and `world_size`.
         One without rank and world size takes those of the process.
@@ -229,8 +231,8 @@ class LanceDataset(IterableDataset[Batch]):
 
     @property
     def schema(self) -> Any:
-        """Arrow schema of the columns that are read."""
-        return self._open().schema
+        """Arrow schema of the columns that were asked for."""
+        return self._open().asked
 
     @property
     def dataset(self) -> Any:
@@ -441,8 +443,7 @@ class LanceDataset(IterableDataset[Batch]):
         steps, reads = plans.reads(sampler, source, options, place)
         if options.to_tensor_fn is not NOT_GIVEN:
             bounds = (options.batch_readahead, options.readahead_bytes)
-            converter = source.hf_converter()
-            return steps, raw_batches(reads, options.to_tensor_fn, converter, *bounds, self._clocks["read"])
+            return steps, raw_batches(reads, options.to_tensor_fn, source, *bounds, self._clocks["read"])
         streams, clocks, decoder = Streams(self.device), self._clocks, self._decode_with()
         parts = Parts(decoder, streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin)
         order = [name for column in self._columns for name in (column.name, *column.more)]

@@ -102,4 +102,5 @@ class Options:
             "with_row_id": self.with_row_id,
             "with_row_address": self.with_row_address,
             "options": self.dataset_options,
+            "open_blobs": self.to_tensor_fn is not NOT_GIVEN,
         }

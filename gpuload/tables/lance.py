@@ -50,6 +50,8 @@ class LanceTable:
         Add the columns ``_rowid``, ``_rowaddr``.
     options : dict, optional
         Keywords of ``lance.dataset`` (version, storage_options, ...).
+    open_blobs : bool
+        Leave columns of blobs out of `schema` and reads, and give `blobs` instead; ``_rowid`` is read for it.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class LanceTable:
         with_row_address: bool = False,
         options: dict[str, Any] | None = None,
         split: Split | None = None,
+        open_blobs: bool = False,
     ) -> None:
         check_fork()
         malloc.tune()
@@ -77,6 +80,11 @@ class LanceTable:
         self.uri, self.version = str(self.lance.uri), int(self.lance.version)
         extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
         self._fields: list[Field] = project(self.lance, columns, extra)
+        self.asked = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
+        self._opened = [f for f in self._fields if f.blob] if open_blobs else []
+        if self._opened:
+            others = [f for f in self._fields if not f.blob and f.name != "_rowid"]
+            self._fields = others + project(self.lance, [], ["_rowid"])
         self.schema = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
         self._expressions = {f.name: f.expression for f in self._fields if not f.blob}
         self._plain = all(f.path for f in self._fields)
@@ -114,6 +122,14 @@ class LanceTable:
             self._most_rows = min(self._most_rows, len(index) // 2)
         half = len(index) // 2
         return pa.concat_tables([self.read(coalesce(index[:half])), self.read(coalesce(index[half:]))])
+
+    def blobs(self, table: pa.Table) -> dict[str, list[Any]]:
+        """For each column of blobs, those of the rows of a table that was read, as ``lance.BlobFile`` objects, opened
+        and not read; None for a null. Empty where blobs are read."""
+        if not self._opened:
+            return {}
+        ids = table.column("_rowid").to_pylist()
+        return {field.name: self.lance.take_blobs(field.path[0], ids=ids) for field in self._opened}
 
     def small(self, column: str) -> NDArray[Any]:
         """The values of a column for all rows that are used, in order: its own dtype, [rows].
