@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from gpuload.errors import ConfigError
+from gpuload.frameworks import batches_of_batches
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 
@@ -25,7 +26,8 @@ class Batch(dict[str, Any]):
     rows : i64[B]
         Positions of the rows in the dataset, on the CPU; -1 in a batch that a framework rebuilt from its columns.
     valid : bool[B]
-        False for rows that only fill up a short rank and for rows that ``on_error="mask"`` blanked, on the CPU.
+        False for rows that only fill up a short rank and for bad ones that ``on_error="mask"`` blanked or
+        ``"replace"`` filled in, on the CPU.
     epoch, step : int
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
@@ -92,7 +94,29 @@ class Batch(dict[str, Any]):
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
-        index = torch.from_numpy(np.flatnonzero(mask))
+        kept = np.flatnonzero(mask)
+        columns, about = self._picked(kept)
+        index = torch.from_numpy(kept)
+        found = Batch({}, self.rows[index], self.valid[index], self.epoch, self.step, *about)
+        found.update(columns)
+        return found
+
+    def replace(self, bad: NDArray[np.bool_]) -> Batch:
+        """The same rows; where ``bad`` (bool[B]) is True with the columns of the next row where it is not, around the
+        end, and with zeros where there is none. `rows` and `valid` stay."""
+        good, at = np.flatnonzero(~bad), np.flatnonzero(bad)
+        if not len(good):
+            return self._with({name: _each(value, torch.zeros_like) for name, value in self.items()})
+        index = np.arange(self.size)
+        index[at] = good[np.searchsorted(good, at) % len(good)]
+        columns, about = self._picked(index)
+        found = Batch({}, self.rows, self.valid, self.epoch, self.step, *about)
+        found.update(columns)
+        return found
+
+    def _picked(self, rows: NDArray[np.int64]) -> tuple[dict[str, Any], tuple[dict[str, torch.Tensor], ...]]:
+        """The columns of these rows of the batch, in this order, and what is known of them."""
+        index = torch.from_numpy(rows)
         pinned = index.pin_memory() if any(_on_cuda(value) for value in self.values()) else index
 
         def pick(value: Any) -> Any:
@@ -102,13 +126,10 @@ class Batch(dict[str, Any]):
                 kept = pick_rows(value, (pinned if value.is_cuda else index).to(value.device, non_blocking=True))
                 last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
-            return [value[i] for i in index.tolist()]  # a list, or a sequence of the user's
+            return [value[i] for i in rows.tolist()]  # a list, or a sequence of the user's
 
-        columns = {name: pick(value) for name, value in self.items()}
-        about = ({name: values[index] for name, values in each.items()} for each in self._about())
-        kept = Batch({}, self.rows[index], self.valid[index], self.epoch, self.step, *about)
-        kept.update(columns)
-        return kept
+        about = tuple({name: values[index] for name, values in each.items()} for each in self._about())
+        return {name: pick(value) for name, value in self.items()}, about
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _rebuilt, (type(self), dict(self), self.rows, self.valid, self.epoch, self.step, *self._about())
@@ -168,10 +189,7 @@ def _collate(batches: Iterable[Batch], *, collate_fn_map: Any = None) -> Batch:
     found = list(batches)
     if len(found) == 1:
         return found[0]
-    raise ConfigError(
-        "Expected DataLoader(dataset) or DataLoader(dataset, batch_size=None), got a batch_size: "
-        "LanceDataset yields whole batches. Give the number of rows to LanceDataset(..., batch_size=...)."
-    )
+    raise ConfigError(batches_of_batches())
 
 
 default_collate_fn_map[Batch] = _collate

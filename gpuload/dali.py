@@ -40,7 +40,7 @@ _TYPES = {
     torch.float16: types.FLOAT16, torch.float32: types.FLOAT, torch.float64: types.FLOAT64,
 }  # fmt: skip
 _OURS = ("device", "decoder", "to_tensor_fn", "drop_last")
-_HINT = 'on_error="skip" and "mask" cover what headers give away. DALI fails whole batches: remove or rewrite the row.'
+_HINT = "on_error covers what headers give away. DALI fails whole batches: remove or rewrite the row."
 
 
 class LanceSource(Feed):
@@ -63,8 +63,8 @@ class LanceSource(Feed):
     **options
         Keywords of `LanceDataset`: transforms (`Text` only; images are the pipeline's), filter, shuffle, seed, rank,
         world_size, on_error, batch_readahead, ... `on_error` covers nulls, empty values, files that are no images DALI
-        knows, larger than `max_pixels` or without an end; ``"mask"`` feeds a small black image instead, ``"skip"``
-        leaves out a batch in which nothing is left (`DALILanceIterator` keeps it, empty, in its place).
+        knows, larger than `max_pixels` or without an end; ``"mask"`` feeds a small black image instead, and
+        ``"replace"`` where no row of the batch is good.
 
     An epoch ends with StopIteration, and the next call begins the next one, unless `set_epoch` was called. DALI runs
     ahead of its consumer, so call `set_epoch` before the pipeline's or iterator's `reset`.
@@ -226,8 +226,6 @@ class DALILanceIterator:
         held = self._source.take()
         theirs = addresses(held, self._source.outputs)
         columns = {name: self._tensor(out, theirs) for name, out in zip(self._names, outputs, strict=True)}
-        if not held.size:  # DALI takes no empty batch: the one row it got means nothing
-            columns = {name: value[:0] for name, value in columns.items()}
         del outputs
         self._pipeline.release_outputs()
         self._last = held

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
@@ -26,6 +26,7 @@ from gpuload.device import Streams, choose_device, describe, threads_here
 from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import Transform, fields, resolve
+from gpuload.frameworks import NO_ROWS, check_random_split, check_skip, check_wrappers, overfits
 from gpuload.images import Decoder, resize
 from gpuload.images.decode.choose import calls_at_once, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
@@ -35,7 +36,6 @@ from gpuload.order import plans
 from gpuload.order.choose import telling
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
-from gpuload.order.ranks import check_wrappers
 from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
@@ -62,6 +62,11 @@ class LanceDataset(IterableDataset[Batch]):
         SQL condition, resolved once; works with every sampler.
     samples : int, optional
         Use this many rows, drawn once with `seed`.
+    split : (float, float), optional
+        ``(lo, hi)``: only the rows whose hashed position lies there, half-open, whatever `seed` is; `filter` and
+        `samples` choose among them. ``(0.0, 0.9)`` and ``(0.9, 1.0)`` have no row in common and all of them together,
+        and a row stays in its split when others are appended. Where rows before it are deleted its position is
+        another: delete first, then split.
     cache : str, Path or bool, optional
         Copy the selected rows to a temporary folder (in this folder) at first use, and read from there.
     with_row_id, with_row_address : bool
@@ -75,7 +80,9 @@ class LanceDataset(IterableDataset[Batch]):
     readahead_bytes : int
         And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
     to_tensor_fn : callable or None, optional
-        Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
+        Called with each RecordBatch instead of gpuload's conversion, and ``hf_converter=``, ``use_blob_api=``; None
+        yields the RecordBatches. With columns of blobs each is a dict: Arrow arrays, ``_rowid``, and lists of
+        ``lance.BlobFile``, with ``use_blob_api=True``.
     sampler : lance.sampler.Sampler, optional
         One of gpuload's or Lance's, or your own; instead of `shuffle`, `shard_granularity`, `rank` and `world_size`.
         One without rank and world size takes those of the process.
@@ -95,9 +102,11 @@ class LanceDataset(IterableDataset[Batch]):
         either.
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
-    on_error : {"raise", "skip", "mask"}
-        A row that cannot be decoded: stop with its place, leave it out, or keep zeros with ``valid=False``. The first
-        is a `BadRowWarning`, and `bad_rows` lists them.
+    on_error : {"raise", "skip", "mask", "replace"}
+        A row that cannot be decoded: stop with its place; leave it out, and its batch where nothing else is in it,
+        which is an error where other ranks wait for that batch; keep zeros with ``valid=False``; or the columns of the
+        next good row of its batch (around the end, zeros where there is none) with ``valid=False``. The first is a
+        `BadRowWarning`, and `bad_rows` lists them.
     drop_last : bool
         Leave out the rows that do not fill a batch on every rank.
     shuffle : bool or {"row", "block", "batch"}
@@ -125,6 +134,7 @@ class LanceDataset(IterableDataset[Batch]):
         columns: Sequence[str] | dict[str, str] | None = None,
         filter: str | None = None,
         samples: int | None = 0,
+        split: tuple[float, float] | None = None,
         cache: str | Path | bool | None = None,
         with_row_id: bool = False,
         with_row_address: bool = False,
@@ -139,7 +149,7 @@ class LanceDataset(IterableDataset[Batch]):
         after: Sequence[Callable[..., Batch]] = (),
         device: str | torch.device = "auto",
         decoder: str | Decoder = "auto",
-        on_error: Literal["raise", "skip", "mask"] = "raise",
+        on_error: Literal["raise", "skip", "mask", "replace"] = "raise",
         drop_last: bool = False,
         shuffle: bool | Literal["row", "block", "batch"] = False,
         seed: int = 0,
@@ -161,6 +171,7 @@ class LanceDataset(IterableDataset[Batch]):
             columns=columns,
             filter=filter,
             samples=samples or 0,
+            split=split,
             cache=cache,
             with_row_id=with_row_id,
             with_row_address=with_row_address,
@@ -208,8 +219,13 @@ class LanceDataset(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Batches of this rank's epoch, the same on every rank."""
+        check_random_split()
         found = plans.planner(self._sampler(), "len()")
         return len(plans.cut(found, self._open(), self._options, Position(self._epochs.now())))
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Always ConfigError: there are no single rows. `split` is for train and validation."""
+        raise ConfigError(f"Expected iteration, got dataset[{index!r}]. {NO_ROWS}")
 
     def __repr__(self) -> str:
         source = self._open()
@@ -223,8 +239,8 @@ class LanceDataset(IterableDataset[Batch]):
 
     @property
     def schema(self) -> Any:
-        """Arrow schema of the columns that are read."""
-        return self._open().schema
+        """Arrow schema of the columns that were asked for."""
+        return self._open().asked
 
     @property
     def dataset(self) -> Any:
@@ -239,7 +255,15 @@ class LanceDataset(IterableDataset[Batch]):
     @property
     def sampler(self) -> Any:
         """The sampler in use, with the rank and world size of now; a copy, whose `set_epoch` is the dataset's."""
-        return telling(self._sampler(), self._epochs.now(), self.set_epoch)
+        found = self._sampler()
+        if overfits(getattr(found, "randomize", False)):
+            return SequentialSampler(self)
+        return telling(found, self._epochs.now(), self.set_epoch)
+
+    @property
+    def batch_sampler(self) -> None:
+        """None, as of a DataLoader of any IterableDataset: no indices make the batches."""
+        check_skip()
 
     @property
     def clocks(self) -> Mapping[str, Clock]:
@@ -280,6 +304,11 @@ class LanceDataset(IterableDataset[Batch]):
     def seed(self) -> int:
         """Of the order, the sample, the crops and the flips."""
         return self._options.seed
+
+    @property
+    def split(self) -> tuple[float, float] | None:
+        """The share of the rows that is used, as asked for."""
+        return self._options.split
 
     @property
     def num_threads(self) -> int | None:
@@ -339,7 +368,7 @@ class LanceDataset(IterableDataset[Batch]):
         """Counts since this object was made: batches, rows, bad rows, images by decoder; figures by stage, and the
         stage that limits the rate, in words."""
         stages = {name: clock.read() for name, clock in self._clocks.items()}
-        counted = ("batches", "rows", "rows_skipped", "rows_masked", "nulls", "bytes_read")
+        counted = ("batches", "rows", "rows_skipped", "rows_masked", "rows_replaced", "nulls", "bytes_read")
         decoder = self._decode_with()
         return {
             "device": describe(self.device),
@@ -412,8 +441,10 @@ class LanceDataset(IterableDataset[Batch]):
         options = self._options
         if self._source is None:
             self._source = LanceTable(options.dataset, **options.table())
-            if not self._source.rows and options.filter is not None:
-                warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
+            if not self._source.rows and (options.filter is not None or options.split is not None):
+                words = {"filter": options.filter, "split": options.split}
+                given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
+                warnings.warn(f"No row matches {given}.", stacklevel=3)
         if not self._columns:
             self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
         return self._source
@@ -425,18 +456,18 @@ class LanceDataset(IterableDataset[Batch]):
         """The steps of an epoch from where the run that `place` belongs to began, and its batches from there on."""
         options, source = self._options, self._open()
         self._fill_cache()
-        steps, reads = plans.reads(self._sampler(), source, options, place)
+        sampler = self._sampler()
+        steps, reads = plans.reads(sampler, source, options, place)
         if options.to_tensor_fn is not NOT_GIVEN:
             bounds = (options.batch_readahead, options.readahead_bytes)
-            converter = source.hf_converter()
-            return steps, raw_batches(reads, options.to_tensor_fn, converter, *bounds, self._clocks["read"])
+            return steps, raw_batches(reads, options.to_tensor_fn, source, *bounds, self._clocks["read"])
         streams, clocks, decoder = Streams(self.device), self._clocks, self._decode_with()
         parts = Parts(decoder, streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin)
         order = [name for column in self._columns for name in (column.name, *column.more)]
         pipeline = Pipeline(
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
-            after=self._options.after,
-            whole=takes_batches(decoder), ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
+            alone=getattr(sampler, "world_size", 1) == 1, after=options.after, whole=takes_batches(decoder),
+            ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
             counts=self._counts, clocks=clocks, bad_rows=self._bad_rows,
         )  # fmt: skip
         return steps, pipeline.run(reads)

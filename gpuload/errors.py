@@ -100,6 +100,14 @@ def expect_int(**numbers: object) -> None:
             raise ConfigError(f"Expected {name} as an int, got {value!r}.")
 
 
+def stopped(where: str) -> RuntimeError:
+    """What becomes of a StopIteration that somebody's function let out: it would end the epoch without a word."""
+    return RuntimeError(
+        f"Expected a result in {where}, got StopIteration out of a function that was called there: next() of something "
+        "that was at its end? Catch it, or give next() a default."
+    )
+
+
 def install(extra: str) -> str:
     """The pip line for ``"cuda"`` or ``"dali"``, with the number of the CUDA that torch was built for, else 13."""
     import torch  # here, for the command line's sake, which imports this file before anything heavy

@@ -104,20 +104,18 @@ class Feed:
         """The next batch: per output a list of u8[n] arrays (images) or one array [B, ...]; no image is copied."""
         try:
             batch = self._next()
-            while not batch.size and not self._deferring:  # all rows skipped, and DALI takes no empty batch
-                batch = self._next()
         except Exception as error:
             self._running = None
             if not self._deferring or isinstance(error, StopIteration):
                 raise
             self.error = error
             raise StopIteration from None
-        if self._fill and 0 < batch.size < self._dataset.batch_size:
+        if self._fill and batch.size < self._dataset.batch_size:
             batch = _filled(batch, self._dataset.batch_size)
         self._held.append(batch)
         while len(self._held) > self._depth + 1:
             self._held.popleft()
-        return tuple(_fed(batch[name], batch.size) for name in self.outputs)
+        return tuple(_fed(batch[name]) for name in self.outputs)
 
     def __len__(self) -> int:
         """Batches of this rank's epoch."""
@@ -144,7 +142,10 @@ class Feed:
         `DALILanceIterator.state_dict` knows that number. The state is `LanceDataset`'s: either resumes the other's.
         """
         state = self._dataset.state_dict()
-        behind = min(pending, state["taken"])
+        behind = pending
+        if 0 < pending <= len(self._held) and self._held[-pending].epoch == state["epoch"]:
+            behind = state["step"] - self._held[-pending].step  # more, where batches of bad rows alone were left out
+        behind = min(behind, state["taken"])
         return {**state, "step": state["step"] - behind, "taken": state["taken"] - behind}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -170,7 +171,7 @@ class Feed:
 
     def serve(self, depth: int) -> None:
         """Hand out to one consumer that takes. An error ends the epoch and waits in `error`, so that the batches before
-        it are not lost; a batch without rows is held without any and handed out with one that means nothing."""
+        it are not lost."""
         self._depth, self._deferring = max(self._depth, depth), True
 
     @property
@@ -198,12 +199,11 @@ class Feed:
         self._running = None
 
 
-def _fed(value: Any, rows: int) -> Any:
-    """A column for DALI: one array ``[B, ...]``, or a list of u8[n] with a black image where there is none. Without
-    rows, one that means nothing."""
+def _fed(value: Any) -> Any:
+    """A column for DALI: one array ``[B, ...]``, or a list of u8[n] with a black image where there is none."""
     if isinstance(value, torch.Tensor):
-        return value.numpy() if rows else np.zeros((1, *value.shape[1:]), value.numpy().dtype)
-    return [_black() if view is None else view for view in value] if rows else [_black()]
+        return value.numpy()
+    return [_black() if view is None else view for view in value]
 
 
 def _filled(batch: Batch, size: int) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpuload.batch import Batch
+from gpuload.errors import stopped
 from gpuload.order.epochs import Epochs
 from gpuload.order.state import Position
 
@@ -60,8 +61,16 @@ class Batches(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        if self._closed:
+        try:
+            made = _END if self._closed else self._advance()
+        except StopIteration as error:  # of a sampler's or a decoder's
+            raise stopped("LanceDataset") from error
+        if made is _END:
             raise StopIteration
+        return made
+
+    def _advance(self) -> Any:
+        """The next batch, `_END` after the last."""
         try:
             if self._running is None:
                 self._steps, self._running = self._start(self._place)
@@ -75,7 +84,7 @@ class Batches(Iterator[Any]):
                 self._place = self._place.after(self._place.before + self._steps - 1)
             self._leave(ended=True)
             self.close()
-            raise StopIteration
+            return _END
         step, batch = (made.step, made) if isinstance(made, Batch) else made
         del made
         self._place = self._place.after(step)

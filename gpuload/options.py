@@ -15,9 +15,10 @@ from gpuload.device import choose_device
 from gpuload.errors import ConfigError, expect_counts, expect_int
 from gpuload.fields.choose import Transform
 from gpuload.images.decode.choose import check_decoder
-from gpuload.order.choose import expect_alone, make_sampler
+from gpuload.order.choose import expect_alone, expect_planned, make_sampler
 from gpuload.order.ranks import Ranks
 from gpuload.order.samplers import PlanSampler
+from gpuload.order.split import make_split
 from gpuload.pipeline import ON_ERROR
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
@@ -39,6 +40,7 @@ class Options:
     columns: Sequence[str] | dict[str, str] | None
     filter: str | None
     samples: int
+    split: tuple[float, float] | None
     cache: str | Path | bool | None
     with_row_id: bool
     with_row_address: bool
@@ -99,6 +101,8 @@ class Options:
                     f"Expected a gpuload sampler beside {name}, got {name}={getattr(self, name)!r} and {sampler!r}, "
                     "which reads by itself."
                 )
+        object.__setattr__(self, "split", make_split(self.split))
+        expect_planned(self.choose_sampler(self.ranks()), split=self.split)
 
     def _expect_used(self) -> None:
         """Raise `ConfigError` for a word that another leaves without effect, and for one that is no bool."""
@@ -142,8 +146,10 @@ class Options:
             "columns": self.columns,
             "filter": self.filter,
             "samples": self.samples,
+            "split": self.split,
             "seed": self.seed,
             "with_row_id": self.with_row_id,
             "with_row_address": self.with_row_address,
             "options": self.dataset_options,
+            "open_blobs": self.to_tensor_fn is not NOT_GIVEN,
         }

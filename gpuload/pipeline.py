@@ -25,7 +25,7 @@ from gpuload.badrows import BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.device import Streams, one_torch_thread, span
-from gpuload.errors import ConfigError, RowError
+from gpuload.errors import ConfigError, RowError, stopped
 from gpuload.fields import Fails, Field, Geometry, Work
 from gpuload.order.draws import Draws, Named
 from gpuload.stages import Budget, flat_map, ordered_map
@@ -34,8 +34,13 @@ from gpuload.tables import Selection
 _SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
 _SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
 _CUDA_SLICE_BYTES = 64 << 20  # encoded: some ten times as much on the GPU, four slices at a time
-ON_ERROR = ("raise", "skip", "mask")
-_COUNTED = {"skip": "rows_skipped", "mask": "rows_masked"}
+ON_ERROR = ("raise", "skip", "mask", "replace")
+_COUNTED = {"skip": "rows_skipped", "mask": "rows_masked", "replace": "rows_replaced"}
+_GO_ON = 'Set on_error="replace", "mask" or "skip" to go on without the row.'
+_EMPTY = (
+    'on_error="skip" would leave nothing of this batch, and other ranks would wait for its step. Set '
+    'on_error="replace" or "mask", which keep every batch.'
+)
 
 
 def read_threads(cores: int) -> int:
@@ -91,7 +96,9 @@ class Pipeline:
     streams : Streams
     seed, epoch : int
         Of the draws.
-    on_error : {"raise", "skip", "mask"}
+    on_error : {"raise", "skip", "mask", "replace"}
+    alone : bool
+        No other rank has a batch at the same step.
     after : sequence of callable
         (batch, draws) → batch: run on every batch when it is finished, on the consumer's stream.
     whole : bool
@@ -116,6 +123,7 @@ class Pipeline:
         seed: int,
         epoch: int,
         on_error: str,
+        alone: bool,
         after: Sequence[Callable[[Batch, Named], Batch]],
         whole: bool,
         ahead: int,
@@ -126,7 +134,7 @@ class Pipeline:
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
-        self._after, self._whole = tuple(after), whole
+        self._alone, self._after, self._whole = alone, tuple(after), whole
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._bad_rows = bad_rows
         self._count_lock = threading.Lock()
@@ -159,7 +167,10 @@ class Pipeline:
                 if not part.draft.slices:
                     budget.leave()
                     done.ready()  # starts what may be under way while the loop works
-                    yield self._finish(part.draft)
+                    batch = self._finish(part.draft)
+                    if batch.size:
+                        yield batch
+                    del batch
                 del part
         finally:
             done.close()
@@ -249,13 +260,13 @@ class Pipeline:
         for i, name, error in sorted(draft.fails, key=lambda fail: fail[:2]):
             if valid[i]:  # a row that only fills up a rank is another rank's
                 self._bad_rows.add(int(draft.rows[i]), name, error, self._epoch, on_error=self._on_error)
-        if errors and self._on_error == "raise":
+        empty = self._on_error == "skip" and bool(bad.all())
+        if errors and (self._on_error == "raise" or (empty and not self._alone)):
             i = min(errors)
             name, error = errors[i]
-            hint = 'Set on_error="skip" or "mask" to go on without the row.'
-            raise error.at(int(draft.rows[i]), name, hint)
+            raise error.at(int(draft.rows[i]), name, _EMPTY if empty else _GO_ON)
         counted = int((bad & valid).sum())
-        self._count(batches=1, rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
+        self._count(batches=int(not empty), rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
         batch = Batch(
             columns,
             torch.from_numpy(draft.rows),
@@ -266,8 +277,11 @@ class Pipeline:
             regions={name: torch.from_numpy(each.regions) for name, each in draft.geometry.items()},
             original_sizes={name: torch.from_numpy(each.sizes) for name, each in draft.geometry.items()},
         )
-        batch = batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
-        return self._mixed(batch) if self._after else batch
+        if bad.any() and self._on_error == "replace":
+            batch = batch.replace(bad)
+        elif bad.any() and self._on_error == "skip":
+            batch = batch.keep(~bad)
+        return self._mixed(batch) if self._after and batch.size else batch
 
     def _mixed(self, batch: Batch) -> Batch:
         """What whole batches go through in the end."""
@@ -276,8 +290,8 @@ class Pipeline:
             for k, function in enumerate(self._after):
                 try:
                     found: Any = function(batch, Named(draws, (f"after{k}",)))
-                except StopIteration as error:  # it would end the epoch
-                    raise RuntimeError(f"{function!r} raised StopIteration") from error
+                except StopIteration as error:
+                    raise stopped(f"after={function!r}") from error
                 if not isinstance(found, Batch):
                     raise ConfigError(f"Expected a gpuload.Batch from {function!r} in after, got {found!r}.")
                 batch = found

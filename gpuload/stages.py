@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from gpuload.clock import Clock
+from gpuload.errors import stopped
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +42,8 @@ class ordered_map(Generic[T, R], Iterator[R]):
         Bytes of a result, for the clock.
 
     An exception of `fn` or of `items` comes out at the place of its item, after all results before it; then the
-    iterator is closed. `close` cancels what has not started, waits for what has, and ends the threads.
+    iterator is closed. A StopIteration of `fn` is a RuntimeError. `close` cancels what has not started, waits for what
+    has, and ends the threads.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class ordered_map(Generic[T, R], Iterator[R]):
         try:
             result = self._fn(item)
             size = self._size(result) if self._size else 0
+        except StopIteration as error:
+            raise stopped(f"gpuload's {self._name} stage") from error
         except Exception as error:
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"(raised in gpuload's {self._name} stage)")

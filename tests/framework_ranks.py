@@ -52,22 +52,35 @@ def with_accelerate(path: str) -> list[int]:
     return net.seen
 
 
-def with_transformers(path: str) -> list[int]:
+def with_transformers(path: str, predict: bool = False) -> list[int]:
     from transformers import Trainer, TrainingArguments
 
     class LanceTrainer(Trainer):
         def get_train_dataloader(self) -> Any:
             return self.train_dataset
 
+        def get_test_dataloader(self, test_dataset: Any) -> Any:
+            return test_dataset
+
     net = Net()
     arguments = TrainingArguments(
-        f"{path}-transformers", num_train_epochs=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
-    )
-    LanceTrainer(net, arguments, train_dataset=LanceDataset(path, 8, **OPTIONS)).train()
+        f"{path}-transformers", num_train_epochs=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        label_names=["number"],
+    )  # fmt: skip
+    trainer = LanceTrainer(net, arguments, train_dataset=LanceDataset(path, 8, **OPTIONS))
+    if not predict:
+        trainer.train()
+        return net.seen
+    found = trainer.predict(LanceDataset(path, 8, **OPTIONS))
+    assert len(found.predictions) == len(found.label_ids) == len(net.seen) * 2, "both ranks', the rows that fill up too"
     return net.seen
 
 
-def with_lightning(path: str) -> list[int]:
+def with_transformers_predict(path: str) -> list[int]:
+    return with_transformers(path, predict=True)
+
+
+def with_lightning(path: str, test: bool = False) -> list[int]:
     import lightning
 
     class Module(lightning.LightningModule):
@@ -78,6 +91,9 @@ def with_lightning(path: str) -> list[int]:
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             return self.net(**batch)["loss"]
 
+        def test_step(self, batch: Any, index: int) -> None:
+            self.net(**batch)
+
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -86,13 +102,19 @@ def with_lightning(path: str) -> list[int]:
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False, **options
     )
-    trainer.fit(module, LanceDataset(path, 8, **OPTIONS))
+    (trainer.test if test else trainer.fit)(module, LanceDataset(path, 8, **OPTIONS))
     return module.net.seen
+
+
+def with_lightning_test(path: str) -> list[int]:
+    return with_lightning(path, test=True)
 
 
 def main(path: str, out: str) -> None:
     dist.init_process_group("gloo")
-    ways: list[Callable[[str], list[int]]] = [with_accelerate, with_transformers, with_lightning]
+    ways: list[Callable[[str], list[int]]] = [
+        with_accelerate, with_transformers, with_transformers_predict, with_lightning, with_lightning_test,
+    ]  # fmt: skip
     seen = {way.__name__: way(path) for way in ways}
     Path(out, f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()

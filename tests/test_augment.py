@@ -247,7 +247,7 @@ def test_what_is_wrong_with_a_callable_is_said(photos: str) -> None:
 
     with pytest.raises(ConfigError, match=r"Expected floats \(24, 3, 16, 16\) on cpu from the augmentation .*loses"):
         rows_of(photos, Image(16, augment=(loses,)), 24)
-    with pytest.raises(RuntimeError, match="raised StopIteration"):
+    with pytest.raises(RuntimeError, match="got StopIteration"):
         rows_of(photos, Image(16, augment=(stops,)), 24)
     for wrong in (3, (3,), ColorJitter(0.1)):
         with pytest.raises(ConfigError, match=r"augment=\.\.\."):
@@ -389,7 +389,7 @@ def test_after_is_a_list_of_callables(photos: str) -> None:
 
 
 def test_a_stop_iteration_of_a_mixing_is_an_error(photos: str) -> None:
-    with pytest.raises(RuntimeError, match="raised StopIteration"):
+    with pytest.raises(RuntimeError, match="got StopIteration"):
         mixed(photos, lambda batch, draws: next(iter(())))
 
 

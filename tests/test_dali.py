@@ -60,6 +60,7 @@ ORDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "Lance's own sampler": lambda: {"sampler": lance.sampler.ShardedFragmentSampler(0, 2)},
     "filter": lambda: {"filter": "number % 3 = 1", "shuffle": True},
     "samples": lambda: {"samples": 20, "seed": 5},
+    "split": lambda: {"split": (0.2, 0.9), "shuffle": True},
 }
 
 
@@ -308,16 +309,45 @@ def test_skip_leaves_bad_rows_out(store: Callable[..., str]) -> None:
         assert [batch.rows.tolist() for batch in iterator] == [[0, 1, 2, 3], [4, 7, 7, 7], [11] * 4]
 
 
-def test_a_batch_of_nothing_but_bad_rows_is_empty_and_in_its_place(store: Callable[..., str]) -> None:
-    path = store({"image": [jpeg(), b"x", None, jpeg()], "number": range(4)})
+def test_a_batch_of_nothing_but_bad_rows_is_left_out(store: Callable[..., str]) -> None:
+    path = store({"image": [jpeg(), b"x", None, jpeg(), jpeg()], "number": range(5)})
     with DALILanceIterator(decoded(path, None, {"on_error": "skip"}, batch_size=1)) as iterator:
-        batches = list(iterator)
-    assert [batch.size for batch in batches] == [1, 0, 0, 1]
-    assert batches[1]["image"].shape == (0, 16, 16, 3)
+        running = iter(iterator)
+        first = next(running)
+        state = iterator.state_dict()  # the pipeline holds the batches behind the bad ones
+        rest = [next(running), next(running)]
+        iterator.load_state_dict(state)
+        again = list(iterator)
+    assert rows([first, *rest]) == [[0], [3], [4]]
+    assert [batch.step for batch in rest] == [3, 4]
+    assert rows(again) == [[3], [4]]
     with closing(LanceSource(path, ["number"], 1, filter="number < 3", on_error="skip")) as source:
         assert [source()[0].tolist() for _ in range(3)] == [[0], [1], [2]]
     with closing(LanceSource(path, None, 1, on_error="skip")) as source:
         assert [source()[1].tolist() for _ in range(2)] == [[0], [3]]
+
+
+def test_replace_feeds_the_next_good_row(store: Callable[..., str]) -> None:
+    path = store({"image": bad_rows(), "number": range(12)})
+    with DALILanceIterator(decoded(path, None, {"on_error": "replace"}, batch_size=6)) as iterator:
+        batches = list(iterator)
+    assert rows(batches) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert [batch["number"].tolist() for batch in batches] == [[0, 1, 2, 3, 4, 0], [7, 7, 11, 11, 11, 11]]
+    assert torch.cat([batch.valid for batch in batches]).logical_not().nonzero().flatten().tolist() == BAD
+    assert torch.equal(batches[0]["image"][5], batches[0]["image"][0])
+    assert torch.equal(batches[1]["image"][0], batches[1]["image"][1])
+    assert batches[1]["image"][0].any()
+
+
+def test_replace_feeds_a_black_image_where_no_row_is_good(store: Callable[..., str]) -> None:
+    path = store({"image": [jpeg(), jpeg(), b"x", None], "number": [3, 4, 5, 6]})
+    with DALILanceIterator(decoded(path, None, {"on_error": "replace"}, batch_size=2)) as iterator:
+        _, batch = iterator
+    assert batch["image"].shape == (2, 16, 16, 3)
+    assert not batch["image"].any()
+    assert batch["number"].tolist() == [0, 0]
+    assert batch.rows.tolist() == [2, 3]
+    assert not batch.valid.any()
 
 
 def test_mask_keeps_shapes(store: Callable[..., str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import lance.torch.data
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -548,6 +549,81 @@ def test_a_to_tensor_fn_is_called_as_lance_calls_it(photos: str) -> None:
     assert given[0] == {"hf_converter": None, "use_blob_api": False}
 
 
+def with_blobs(kind: int, store: Store, **options: Any) -> str:
+    """Seven rows: `image`, blobs of the first or the second kind with a null and an empty one among them; `number`."""
+    values = [b"aa", None, b"", b"dddd", b"e" * 500, b"f", b"g"]
+    if kind == 1:
+        field: Any = pa.field("image", pa.large_binary(), metadata={"lance-encoding:blob": "true"})
+        column: Any = pa.array(values, pa.large_binary())
+        options = {"data_storage_version": "2.1", **options}
+    else:
+        field, column = lance.blob_field("image"), lance.blob_array(values)
+    schema = pa.schema([field, pa.field("number", pa.int64())])
+    return store(pa.table([column, pa.array(range(7))], schema=schema), max_rows_per_file=3, **options)
+
+
+def noted(batch: Any, **words: Any) -> Any:
+    """What a to_tensor_fn was given, blobs read."""
+    assert isinstance(batch, dict)
+    values = {}
+    for name, column in batch.items():
+        blobs = isinstance(column, list)
+        assert not blobs or all(isinstance(blob, (lance.BlobFile, type(None))) for blob in column)
+        assert blobs or isinstance(column, pa.Array)
+        values[name] = [blob and blob.readall() for blob in column] if blobs else column.to_pylist()
+    return values, words
+
+
+BLOB_OPTIONS: list[dict[str, Any]] = [
+    {}, {"columns": ["image"]}, {"columns": ["number", "image"]}, {"with_row_id": True}, {"filter": "number > 1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BLOB_OPTIONS, ids=str)
+def test_a_to_tensor_fn_gets_blobs_as_lance_gives_them(store: Store, options: dict[str, Any]) -> None:
+    path = with_blobs(1, store)
+    expected = list(lance.torch.data.LanceDataset(path, 3, to_tensor_fn=noted, **options))
+    found = list(LanceDataset(path, 3, to_tensor_fn=noted, **options))
+    assert found[0][1] == {"hf_converter": None, "use_blob_api": True}
+    assert [list(values) for values, _ in found] == [list(values) for values, _ in expected][: len(found)]
+    for name in found[0][0]:
+        ours, theirs = ([value for values, _ in batches for value in values[name]] for batches in (found, expected))
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_blobs_are_those_of_their_rows_in_every_order(store: Store, tmp_path: Path, kind: int) -> None:
+    path = with_blobs(kind, store)
+    every = [b"aa", None, b"", b"dddd", b"e" * 500, b"f", b"g"]
+    more: list[dict[str, Any]] = [
+        {"shuffle": True},
+        {"cache": str(tmp_path)},
+        {"split": (0.0, 0.6)},
+        {"rank": 1, "world_size": 2},
+    ]
+    for options in more:
+        for values, words in LanceDataset(path, 2, to_tensor_fn=noted, **options):
+            assert words["use_blob_api"] is True
+            assert values["image"] == [every[number] for number in values["number"]]
+    (batch, *_) = LanceDataset(path, 4, columns={"file": "image", "twice": "number * 2"}, to_tensor_fn=None)
+    assert list(batch) == ["twice", "_rowid", "file"]
+    assert batch["file"][3].readall() == b"dddd"
+    assert batch["twice"].to_pylist() == [0, 2, 4, 6]
+
+
+def test_a_sampler_that_reads_by_itself_opens_blobs_too(store: Store) -> None:
+    class Reads(lance.sampler.Sampler):
+        def __call__(self, ds: Any, *args: Any, columns: Any, with_row_id: bool, **others: Any) -> Iterator[Any]:
+            yield from ds.to_batches(columns=columns, with_row_id=with_row_id)
+
+    found = list(LanceDataset(with_blobs(1, store), 4, sampler=Reads(), to_tensor_fn=noted))
+    assert [values["image"] for values, _ in found] == [[b"aa", None, b"", b"dddd"], [b"e" * 500, b"f", b"g"]]
+
+
+def test_the_schema_has_the_blobs_that_were_asked_for(store: Store) -> None:
+    assert LanceDataset(with_blobs(1, store), 4, to_tensor_fn=noted).schema.names == ["image", "number"]
+
+
 def test_an_exception_of_a_to_tensor_fn_ends_the_threads(photos: str) -> None:
     def convert(batch: pa.RecordBatch, **kwargs: Any) -> Any:
         raise Broken
@@ -632,7 +708,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "filter_type": ({"filter": 3}, "filter as an SQL condition, got 3"),
     "shuffle_of_fragments": ({"shuffle": "row", "shard_granularity": "fragment"}, 'shuffle="batch" or False beside'),
     "seed": ({"seed": 1.5}, "seed as an int, got 1.5"),
-    "on_error": ({"on_error": "ignore"}, r"on_error as one of \('raise', 'skip', 'mask'\), got 'ignore'"),
+    "on_error": ({"on_error": "ignore"}, r"on_error as one of \('raise', 'skip', 'mask', 'replace'\), got 'ignore'"),
     "device": ({"device": "tpu"}, 'device="auto", "cuda", "cuda:N" or "cpu", got \'tpu\''),
     "device_type": ({"device": 1.5}, 'device="auto", "cuda", "cuda:N" or "cpu", got 1.5'),
     "decoder": ({"device": "cpu", "decoder": "opencv"}, "Expected decoder .*got 'opencv'"),

@@ -160,7 +160,7 @@ def test_a_masked_row_is_zero_and_not_what_a_mean_would_make_of_it(store: Store,
     assert not batches[1]["image"][2].any()
 
 
-@pytest.mark.parametrize("policy", ["skip", "mask"])
+@pytest.mark.parametrize("policy", ["skip", "mask", "replace"])
 @own_size
 def test_a_bad_row_in_the_last_batch(policy: Any, transform: Image | None, store: Store) -> None:
     path = with_bad(store, b"x" * 50, at=(ROWS - 1,))
@@ -170,26 +170,127 @@ def test_a_bad_row_in_the_last_batch(policy: Any, transform: Image | None, store
 
 
 @own_size
-def test_a_batch_of_bad_rows_alone_is_skipped_to_an_empty_one(transform: Image | None, store: Store) -> None:
+def test_a_batch_of_bad_rows_alone_is_left_out(transform: Image | None, store: Store) -> None:
     path = with_bad(store, *[b"x" * 50] * 4, at=(4, 5, 6, 7))
     dataset = LanceDataset(path, 4, transforms=transforms(transform), on_error="skip", device="cpu")
-    batches = list(dataset)
-    assert [batch.size for batch in batches] == [4, 0, 3]
-    assert len(batches[1]["image"]) == 0
-    assert len(batches) == len(dataset)
-    assert dataset.stats()["rows_skipped"] == 4
+    assert [(batch.step, batch.size) for batch in dataset] == [(0, 4), (2, 3)]
+    stats = dataset.stats()
+    assert (stats["rows_skipped"], stats["batches"]) == (4, 2)
+
+
+def test_the_place_is_right_around_a_batch_that_is_left_out(store: Store) -> None:
+    path = with_bad(store, *[b"x" * 50] * 7, at=(4, 5, 6, 7, 8, 9, 10))
+    dataset = LanceDataset(path, 4, on_error="skip", device="cpu")
+    running = iter(dataset)
+    next(running)
+    state = dataset.state_dict()
+    assert list(running) == []
+    assert (state["epoch"], state["step"]) == (0, 1)
+    assert dataset.state_dict()["step"] == 3, "the epoch ended, its last batches left out"
+    again = LanceDataset(path, 4, on_error="skip", device="cpu")
+    again.load_state_dict(state)
+    assert list(again) == []
+    assert [(batch.epoch, batch.step) for batch in again] == [(1, 0)], "the next epoch"
+
+
+def test_a_batch_that_other_ranks_wait_for_is_not_left_out(store: Store) -> None:
+    path = with_bad(store, *[b"x" * 50] * 4, at=(4, 5, 6, 7))
+    options: dict[str, Any] = {"on_error": "skip", "device": "cpu", "world_size": 2}
+    with pytest.raises(DecodeError, match=r'other ranks would wait for its step. Set on_error="replace"') as caught:
+        list(LanceDataset(path, 4, rank=1, **options))
+    assert (caught.value.row, caught.value.column) == (4, "image")
+    assert [batch.size for batch in LanceDataset(path, 4, rank=0, **options)] == [4, 3]
+
+
+def test_every_rank_of_a_full_scan_leaves_the_same_out(store: Store) -> None:
+    path = with_bad(store, *[b"x" * 50] * 4, at=(4, 5, 6, 7))
+    dataset = LanceDataset(path, 4, on_error="skip", sampler=gpuload.FullScanSampler(), device="cpu")
+    assert [batch.step for batch in dataset] == [0, 2]
 
 
 @own_size
-@pytest.mark.parametrize("policy", ["skip", "mask"])
+@pytest.mark.parametrize("policy", ["skip", "mask", "replace"])
 def test_a_dataset_of_bad_rows_alone_ends(policy: Any, transform: Image | None, store: Store) -> None:
     path = with_bad(store, *[b"\xff\xd8\xff x"] * ROWS, at=tuple(range(ROWS)))
     dataset = LanceDataset(path, 4, transforms=transforms(transform), on_error=policy, device="cpu")
     batches = list(dataset)
-    assert [batch.size for batch in batches] == ([0, 0, 0] if policy == "skip" else [4, 4, 3])
+    assert [batch.size for batch in batches] == ([] if policy == "skip" else [4, 4, 3])
     assert not any(batch.valid.any() for batch in batches)
     assert dataset.stats()["images"]["failed"] == ROWS
     assert all(not pixels.any() for batch in batches for pixels in batch["image"])
+
+
+# -- replace -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@own_size
+def test_replace_takes_the_next_good_row(kind: str, transform: Image | None, store: Store, device: str) -> None:
+    path = with_bad(store, BAD[kind][0]())
+    dataset = LanceDataset(path, 4, transforms=transforms(transform), on_error="replace", device=device)
+    batches = list(dataset)
+    assert [batch.size for batch in batches] == [4, 4, 3]
+    assert batches[1].rows.tolist() == [4, 5, 6, 7]
+    assert [batch.valid.tolist() for batch in batches] == [[True] * 4, [True, True, False, True], [True] * 3]
+    assert batches[1]["number"].tolist() == [4, 5, 7, 7]
+    for i, row in enumerate((4, 5, 7, 7)):
+        check_whole(batches[1]["image"][i], row, transform, store, device)
+    stats = dataset.stats()
+    assert (stats["rows_replaced"], stats["rows_masked"], stats["rows_skipped"], stats["batches"]) == (1, 0, 0, 3)
+    assert stats["images"]["failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "taken"),
+    [
+        ((), (0, 1, 2, 3)),
+        ((3,), (0, 1, 2, 0)),
+        ((0, 1), (2, 2, 2, 3)),
+        ((1, 2, 3), (0, 0, 0, 0)),
+        ((0, 2), (1, 1, 3, 3)),
+    ],
+)
+def test_replace_goes_around_the_end_and_over_other_bad_rows(
+    bad: tuple[int, ...], taken: tuple[int, ...], store: Store, device: str
+) -> None:
+    columns = {
+        "image": [None if i in bad else FILES[i] for i in range(4)],
+        "prompt": [f"row {i}" for i in range(4)],
+        "name": ["a", "b", "c", "d"],
+        "count": pa.array([0, None, 2, 3], pa.uint16()),
+    }
+    words = {"image": Image(16, channels_last=True), "prompt": gpuload.Text("bytes")}
+    (batch,) = LanceDataset(store(columns), 4, transforms=words, on_error="replace", device=device)
+    assert batch.rows.tolist() == [0, 1, 2, 3]
+    assert batch.valid.tolist() == [i not in bad for i in range(4)]
+    assert batch["name"] == [columns["name"][i] for i in taken]
+    assert ["".join(map(chr, ids.tolist())) for ids in batch["prompt"]] == [f"row {i}" for i in taken]
+    assert batch["count"].tolist() == [0 if i == 1 else i for i in taken]
+    assert batch.nulls["count"].tolist() == [i == 1 for i in taken]
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    for i, row in enumerate(taken):
+        check_whole(batch["image"][i], row, Image(16), store, device)
+
+
+@own_size
+def test_replace_gives_zeros_where_no_row_is_good(transform: Image | None, store: Store, device: str) -> None:
+    path = with_bad(store, *[b"x" * 50] * 4, at=(4, 5, 6, 7))
+    dataset = LanceDataset(path, 4, transforms=transforms(transform), on_error="replace", device=device)
+    batch = list(dataset)[1]
+    assert batch.rows.tolist() == [4, 5, 6, 7]
+    assert not batch.valid.any()
+    assert batch["number"].tolist() == [0] * 4
+    assert len(batch["image"]) == 4
+    assert not any(pixels.any() for pixels in batch["image"])
+
+
+def test_replace_keeps_ranks_and_steps_equal(store: Store) -> None:
+    path = with_bad(store, *[b"x" * 50] * 3, at=(0, 4, 8))
+    for rank in range(2):
+        dataset = LanceDataset(path, 4, on_error="replace", rank=rank, world_size=2, device="cpu")
+        batches = list(dataset)
+        assert [batch.size for batch in batches] == [4, 3]
+        assert len(batches) == len(dataset)
 
 
 def test_the_first_bad_row_of_a_batch_is_the_one_that_is_named(store: Store) -> None:

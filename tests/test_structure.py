@@ -19,8 +19,8 @@ KERNELS = Path(gpuload.kernels.__file__)
 
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
-errors badrows kernels device clock stages
-order order.philox order.permutation order.draws order.orders order.cut order.ranks order.state
+errors badrows frameworks kernels device clock stages
+order order.philox order.permutation order.draws order.split order.orders order.cut order.ranks order.state
 tables tables.malloc tables.fork tables.projection tables.lance tables.together
 order.samplers order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize

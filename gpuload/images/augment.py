@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, stopped
 from gpuload.images.transform import Image
 
 
@@ -48,8 +48,8 @@ def _called(function: Any, images: torch.Tensor, draws: Any) -> torch.Tensor:
     shape, device = images.shape, images.device
     try:
         found: Any = function(images, draws)
-    except StopIteration as error:  # it would end the epoch
-        raise RuntimeError(f"{function!r} raised StopIteration") from error
+    except StopIteration as error:
+        raise stopped(f"the augmentation {function!r}") from error
     good = isinstance(found, torch.Tensor) and found.shape == shape and found.device == device
     if not good or not found.is_floating_point():
         got = (

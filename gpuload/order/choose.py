@@ -60,6 +60,18 @@ def expect_alone(given: Any, shuffle: object, **words: object) -> None:
             )
 
 
+def expect_planned(sampler: Any, **words: object) -> None:
+    """Raise `ConfigError` where a sampler that reads by itself is beside words that choose rows."""
+    if isinstance(sampler, PlanSampler):
+        return
+    for name, value in words.items():
+        if value is not None:
+            raise ConfigError(
+                f"Expected {name} beside a gpuload sampler, got {name}={value!r} beside {sampler!r}, which reads the "
+                f"dataset by itself. Leave {name} out and choose the rows there."
+            )
+
+
 def telling(sampler: Any, epoch: int, tell: Callable[[int], None]) -> Any:
     """A copy of `sampler` in `epoch` whose `set_epoch` is `tell`: frameworks call ``loader.sampler.set_epoch``."""
     found = copy.copy(sampler)

@@ -80,28 +80,31 @@ def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
 def raw_batches(
     reads: Iterable[Read],
     function: Callable[..., Any] | None,
-    converter: Any,
+    source: LanceTable,
     ahead: int,
     ahead_bytes: int,
     clock: Clock,
 ) -> Iterator[tuple[int, Any]]:
-    """(step, RecordBatch or what `function` makes of it); rows that would only fill up a rank are left out."""
-    budget = Budget(reads, ahead_bytes, ahead)
+    """(step, RecordBatch or what `function` makes of it); rows that would only fill up a rank are left out. Where
+    `source` opens blobs, a dict of arrays and lists of BlobFile instead, as `lance.torch.data` has it."""
+    budget, converter = Budget(reads, ahead_bytes, ahead), source.hf_converter()
 
-    def fetch(read: Read) -> tuple[int, pa.Table]:
+    def fetch(read: Read) -> tuple[int, pa.Table, dict[str, list[Any]]]:
         table = read.selection().head(read.real)
         budget.weigh(table.nbytes)
-        return read.step, table
+        return read.step, table, source.blobs(table)
 
-    tables = ordered_map(
+    fetched = ordered_map(
         fetch, budget, threads=clock.threads, name="read", clock=clock, initializer=one_torch_thread,
         size=lambda found: found[1].nbytes,
     )  # fmt: skip
     try:
-        for step, table in tables:
+        for step, table, blobs in fetched:
             budget.leave()
-            tables.ready()  # starts what may be under way while the loop works
-            batch = one_batch(table)
-            yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=False)
+            fetched.ready()  # starts what may be under way while the loop works
+            batch: Any = one_batch(table)
+            if blobs:
+                batch = {**dict(zip(table.column_names, batch.columns, strict=True)), **blobs}
+            yield step, batch if function is None else function(batch, hf_converter=converter, use_blob_api=bool(blobs))
     finally:
-        tables.close()
+        fetched.close()

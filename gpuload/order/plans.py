@@ -88,6 +88,7 @@ def _identity(sampler: PlanSampler, table: LanceTable, options: Options) -> dict
     return {
         "uri": table.uri,
         "dataset_version": table.version,
+        "split": None if options.split is None else list(options.split),  # before the fingerprint, which has it too
         "fingerprint": table.fingerprint(),
         "filter": options.filter,
         "samples": options.samples,

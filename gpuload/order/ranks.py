@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 
 import torch.distributed
@@ -56,37 +55,3 @@ class Ranks:
             return int(found[0]), int(found[1])
         except ValueError:
             raise ConfigError(f"Expected RANK and WORLD_SIZE as integers in the environment, got {found}.") from None
-
-
-_DEPTH = 16  # frames from a loader's loop down to iter(dataset)
-_FRAMEWORKS = ("accelerate.", "transformers.")
-
-
-def check_wrappers(world_size: int) -> None:
-    """Raise if the loop that has just called ``iter(dataset)`` would divide its batches among the ranks again.
-
-    Accelerate, and transformers with it, wrap a loader of any IterableDataset: ``DataLoaderDispatcher`` reads on rank
-    0 alone and cuts its batches up, ``IterableDatasetShard`` keeps every n-th batch of what is this rank's already.
-    Neither tells the dataset; they are on the stack.
-
-    Raises
-    ------
-    ConfigError
-    """
-    frame = sys._getframe(1)
-    for _ in range(_DEPTH):
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
-        if not frame.f_globals.get("__name__", "").startswith(_FRAMEWORKS):
-            continue
-        wrapper = frame.f_locals.get("self")
-        kind = getattr(type(wrapper), "__name__", "")
-        ranks = getattr(wrapper, "num_processes", 1)
-        if kind == "DataLoaderDispatcher" or (kind == "IterableDatasetShard" and ranks > 1 and world_size > 1):
-            what = "read on rank 0 and cut up" if kind == "DataLoaderDispatcher" else f"divided by {ranks} once more"
-            raise ConfigError(
-                f"Expected LanceDataset as the loader itself, got it inside {kind}: its batches, which are this rank's "
-                f"own, would be {what}. Leave it out of accelerator.prepare(...); in a transformers.Trainer return it "
-                "from get_train_dataloader(). See the README, Frameworks."
-            )
