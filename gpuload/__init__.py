@@ -16,6 +16,7 @@ from gpuload.fields.text import Text
 from gpuload.images import HEADER, Decoder, Encoded, Ragged
 from gpuload.images.transform import Image
 from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
+from gpuload.order.weighted import WeightedSampler
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,5 @@ __all__ = [
     "StateError",
     "Text",
     "TextError",
+    "WeightedSampler",
 ]

@@ -44,12 +44,15 @@ def read_threads(cores: int) -> int:
 
 @dataclass
 class Read:
-    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get them."""
+    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get them; the place of each
+    in the order, where a row may come twice, and its table, where there are several."""
 
     step: int
     rows: NDArray[np.int64]
     real: int
     selection: Callable[[], Selection]
+    place: NDArray[np.int64] | None = None
+    source: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -159,7 +162,7 @@ class Pipeline:
         """Everything of a batch but what is work for slices."""
         rows = read.selection()
         draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
-        draws = Draws(self._seed, self._epoch, read.rows)
+        draws = Draws(self._seed, self._epoch, read.rows if read.place is None else read.place)
         for each in self._fields:
             taken = each.take(rows, draws)
             draft.values.update(taken.values)

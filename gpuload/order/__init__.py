@@ -1,6 +1,6 @@
 """Which rows, when: pure functions with random access; nothing in this folder reads a row.
 
-Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments
+Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments;  weighted.py: by weights
 Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank
 
 A sampler (samplers.py) makes both from a few numbers. Another order or cut is a file of its own beside these, and one
@@ -10,7 +10,7 @@ line where it is chosen (choose.py). What travels between them is here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,17 @@ class Order(Protocol):
     """A sequence of rows, of which any part is known at once. The rows of several tables count through, one table
     after the other."""
 
+    repeats: ClassVar[bool] = False  # whether a row may come twice
+
     def __len__(self) -> int:
         """Places."""
 
     def __call__(self, lo: int, hi: int) -> Ranges:
         """The rows at places `lo` to `hi`, 0 <= lo <= hi <= len."""
+
+    def source(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The table of each of these rows; None where there is one."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Rows:
         How many are not fill-up rows.
     size : tuple of int or None
         (height, width) of the batch's pictures, where the cut decides it.
+    place : i64[N] or None
+        The place of each in its epoch's order, where a row may come twice: what its draws are a function of.
     """
 
     step: int
@@ -51,6 +59,7 @@ class Rows:
     row: NDArray[np.int64]
     real: int
     size: tuple[int, int] | None = None
+    place: NDArray[np.int64] | None = None
 
 
 class Cut(Protocol):

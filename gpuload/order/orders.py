@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuload.order import Ranges, coalesce
+from gpuload.order import Order, Ranges, coalesce
 from gpuload.order.permutation import Permutation
 
 
 @dataclass(frozen=True)
-class InTurn:
+class InTurn(Order):
     """Every row as it lies."""
 
     rows: int
@@ -25,7 +25,7 @@ class InTurn:
 
 
 @dataclass(frozen=True)
-class ShuffledBatches:
+class ShuffledBatches(Order):
     """Runs of `size` rows in the order of `shuffled`, a permutation of the full ones; a short one stays last."""
 
     rows: int
@@ -43,7 +43,7 @@ class ShuffledBatches:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Order):
     """Blocks of `size` rows in the order of `shuffled`, a permutation of all blocks, the short one among them. Blocks
     of one row are a shuffle of the rows."""
 
@@ -64,7 +64,7 @@ class Blocks:
         return coalesce(self.shuffled(block) * self.size + within)
 
 
-class Fragments:
+class Fragments(Order):
     """Whole fragments, one after the other.
 
     Parameters

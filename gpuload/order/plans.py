@@ -56,7 +56,7 @@ def _reads(
     batches, again = itertools.tee(planned)
     parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead))
     for (rows, ranges), part in zip(batches, parts, strict=True):
-        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part)
+        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part, rows.place, rows.source)
 
 
 def save(sampler: Any, table: LanceTable, options: Options, place: Position) -> dict[str, Any]:

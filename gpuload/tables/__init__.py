@@ -32,6 +32,10 @@ class Table(Protocol):
         """Rows that are used."""
 
     @property
+    def stored(self) -> int:
+        """Positions: rows that are stored, used or not."""
+
+    @property
     def fragments(self) -> NDArray[np.int64]:
         """How many of them lie in each fragment, i64[F]; their sum is `rows`."""
 

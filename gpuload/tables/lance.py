@@ -78,6 +78,7 @@ class LanceTable:
         self._plain = all(f.path for f in self._fields)
         self._roots = list(dict.fromkeys(f.path[0] for f in self._fields if f.path and not f.blob))
         counts = [fragment.count_rows() for fragment in self.lance.get_fragments()]
+        self.stored = sum(counts)  # rows before the filter and the sample
         self._selected = self._select(filter, samples, seed, np.asarray(counts, np.int64))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if self._selected is not None:
