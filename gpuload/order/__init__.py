@@ -9,8 +9,9 @@ line where it is chosen (choose.py). What travels between them is here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,23 @@ class Order(Protocol):
     """A sequence of rows, of which any part is known at once. The rows of several tables count through, one table
     after the other."""
 
-    repeats: ClassVar[bool] = False  # whether a row may come twice
-
     def __len__(self) -> int:
         """Places."""
 
     def __call__(self, lo: int, hi: int) -> Ranges:
         """The rows at places `lo` to `hi`, 0 <= lo <= hi <= len."""
+
+
+class Repeating(ABC):
+    """An `Order` in which a row may come twice: its place counts in what is drawn for it, not its position."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Places."""
+
+    @abstractmethod
+    def __call__(self, lo: int, hi: int) -> Ranges:
+        """The rows at places `lo` to `hi`."""
 
     def source(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The table of each of these rows; None where there is one."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpuload.errors import ConfigError
-from gpuload.order import Order, Ranges, Rows, expand
+from gpuload.order import Order, Ranges, Repeating, Rows, expand
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class FixedSize:
 
     def __call__(self, step: int) -> Rows:
         """The rows of batch `step`."""
-        rows, place = expand(self.ranges(step)), None
-        if self.order.repeats:
-            place = expand(np.array(self._places(step), np.int64))
-        return Rows(step, self.order.source(rows), rows, self.size(step)[1], place=place)
+        rows, real = expand(self.ranges(step)), self.size(step)[1]
+        if not isinstance(self.order, Repeating):
+            return Rows(step, None, rows, real)
+        return Rows(step, self.order.source(rows), rows, real, place=expand(np.array(self._places(step))))
 
     def used(self, steps: int) -> int:
         """Places of the order that are used up after `steps` steps of every rank."""

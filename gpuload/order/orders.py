@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuload.order import Order, Ranges, coalesce
+from gpuload.order import Ranges, coalesce
 from gpuload.order.permutation import Permutation
 
 
 @dataclass(frozen=True)
-class InTurn(Order):
+class InTurn:
     """Every row as it lies."""
 
     rows: int
@@ -25,7 +25,7 @@ class InTurn(Order):
 
 
 @dataclass(frozen=True)
-class ShuffledBatches(Order):
+class ShuffledBatches:
     """Runs of `size` rows in the order of `shuffled`, a permutation of the full ones; a short one stays last."""
 
     rows: int
@@ -43,7 +43,7 @@ class ShuffledBatches(Order):
 
 
 @dataclass(frozen=True)
-class Blocks(Order):
+class Blocks:
     """Blocks of `size` rows in the order of `shuffled`, a permutation of all blocks, the short one among them. Blocks
     of one row are a shuffle of the rows."""
 
@@ -64,7 +64,7 @@ class Blocks(Order):
         return coalesce(self.shuffled(block) * self.size + within)
 
 
-class Fragments(Order):
+class Fragments:
     """Whole fragments, one after the other.
 
     Parameters

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpuload.errors import ConfigError, expect_counts
-from gpuload.order import Cut, Order, Ranges, coalesce
+from gpuload.order import Cut, Ranges, Repeating, coalesce
 from gpuload.order.cut import FixedSize
 from gpuload.order.draws import Draws
 from gpuload.order.samplers import PlanSampler
@@ -68,10 +68,9 @@ def _wide(pair: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Weighted(Order):
+class Weighted(Repeating):
     """So many rows, each drawn by `alias` with the random numbers of its place."""
 
-    repeats: ClassVar[bool] = True
     rows: int
     alias: Alias
     seed: int
