@@ -17,6 +17,7 @@ from gpuload.images import HEADER, Decoder, Encoded, Ragged
 from gpuload.images.transform import Image
 from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 from gpuload.order.weighted import WeightedSampler
+from gpuload.tables.mix import Mix
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "HEADER",
     "Image",
     "LanceDataset",
+    "Mix",
     "Ragged",
     "RowError",
     "ShardedBatchSampler",

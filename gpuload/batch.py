@@ -28,6 +28,8 @@ class Batch(dict[str, Any]):
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
         For columns without a NaN: which rows were null and hold 0 or False instead. Empty where none were.
+    source : i64[B] or None
+        Which source of a `Mix` each row is from, by number in its order, on the CPU; None for one dataset.
     """
 
     rows: torch.Tensor
@@ -35,6 +37,7 @@ class Batch(dict[str, Any]):
     epoch: int
     step: int
     nulls: dict[str, torch.Tensor]
+    source: torch.Tensor | None
 
     def __init__(
         self,
@@ -44,12 +47,14 @@ class Batch(dict[str, Any]):
         epoch: int = 0,
         step: int = 0,
         nulls: dict[str, torch.Tensor] | None = None,
+        source: torch.Tensor | None = None,
     ) -> None:
         super().__init__(columns)
         if rows is None:  # type(batch)({...}), as transformers and accelerate write it
             rows = torch.full((max(map(len, columns.values()), default=0),), -1)
         valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
+        self.source = source
         for name, value in columns.items():
             if len(value) != len(rows):
                 raise ValueError(f"Expected {len(rows)} values in column {name!r}, got {len(value)}.")
@@ -62,12 +67,12 @@ class Batch(dict[str, Any]):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its columns on `device`; `rows` and `valid` stay on the CPU."""
         moved = {name: _each(value, lambda t: t.to(device, non_blocking=non_blocking)) for name, value in self.items()}
-        return Batch(moved, self.rows, self.valid, self.epoch, self.step, self.nulls)
+        return Batch(moved, self.rows, self.valid, self.epoch, self.step, self.nulls, self.source)
 
     def pin_memory(self, device: Any = None) -> Batch:
         """The same batch in page-locked memory; what is on a GPU already stays as it is."""
         pinned = {name: _each(value, lambda t: t if t.is_cuda else t.pin_memory()) for name, value in self.items()}
-        return Batch(pinned, self.rows, self.valid, self.epoch, self.step, self.nulls)
+        return Batch(pinned, self.rows, self.valid, self.epoch, self.step, self.nulls, self.source)
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
@@ -83,10 +88,11 @@ class Batch(dict[str, Any]):
 
         nulls = {name: flags[index] for name, flags in self.nulls.items()}
         columns = {name: pick(value) for name, value in self.items()}
-        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls)
+        source = None if self.source is None else self.source[index]
+        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls, source)
 
     def __reduce__(self) -> tuple[type[Batch], tuple[Any, ...]]:
-        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls)
+        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls, self.source)
 
     def __repr__(self) -> str:
         shown = [f"{name}: {_shape(value)}" for name, value in self.items()]

@@ -14,9 +14,12 @@ from gpuload.errors import ConfigError, expect_counts, expect_int
 from gpuload.fields.text import Text
 from gpuload.images.decode.choose import check_decoder
 from gpuload.images.transform import Image
-from gpuload.order.choose import expect_alone, make_sampler
+from gpuload.order.choose import BLOCK, expect_alone, make_sampler
+from gpuload.order.mix import mix_sampler
 from gpuload.order.ranks import Ranks
 from gpuload.pipeline import ON_ERROR
+from gpuload.tables.lance import LanceTable
+from gpuload.tables.mix import Mix, MixTable
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 
@@ -86,7 +89,14 @@ class Options:
 
     def choose_sampler(self, ranks: Ranks) -> Any:
         """The sampler with its rank and world size of now: a process group may be initialised late."""
-        return make_sampler(self.sampler, self.shuffle, self.shard_granularity, ranks, self.seed)
+        words = (self.sampler, self.shuffle, self.shard_granularity)
+        if isinstance(self.dataset, Mix):
+            return mix_sampler(self.dataset, *words, self.samples, ranks, self.seed, BLOCK)
+        return make_sampler(*words, ranks, self.seed)
+
+    def open(self) -> LanceTable | MixTable:
+        """The rows."""
+        return (MixTable if isinstance(self.dataset, Mix) else LanceTable)(self.dataset, **self.table())
 
     def table(self) -> dict[str, Any]:
         """The keywords of the table."""

@@ -62,6 +62,7 @@ class Draft:
     step: int
     rows: NDArray[np.int64]
     real: int
+    source: NDArray[np.int64] | None = None
     values: dict[str, Any] = field(default_factory=dict)
     nulls: dict[str, torch.Tensor] = field(default_factory=dict)
     fails: Fails = field(default_factory=list)
@@ -101,6 +102,8 @@ class Pipeline:
     counts : Counter
     clocks : dict of str to Clock
         With the numbers of threads of the stages "read" and "decode".
+    sources : sequence of str
+        Names of the tables, where there are several.
     """
 
     def __init__(
@@ -117,10 +120,11 @@ class Pipeline:
         ahead_bytes: int,
         counts: Counter[str],
         clocks: dict[str, Clock],
+        sources: Sequence[str] = (),
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
-        self._whole = whole
+        self._whole, self._sources = whole, sources
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
@@ -161,7 +165,7 @@ class Pipeline:
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but what is work for slices."""
         rows = read.selection()
-        draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
+        draft = Draft(read.step, read.rows, read.real, read.source, size=rows.nbytes)
         draws = Draws(self._seed, self._epoch, read.rows if read.place is None else read.place)
         for each in self._fields:
             taken = each.take(rows, draws)
@@ -235,7 +239,8 @@ class Pipeline:
         if errors and self._on_error == "raise":
             i = min(errors)
             name, error = errors[i]
-            hint = 'Set on_error="skip" or "mask" to go on without the row.'
+            where = "" if draft.source is None else f"The row is of source {self._sources[draft.source[i]]!r}. "
+            hint = f'{where}Set on_error="skip" or "mask" to go on without the row.'
             raise error.at(int(draft.rows[i]), name, hint)
         counted = int((bad & valid).sum())
         self._count(batches=1, rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
@@ -246,6 +251,7 @@ class Pipeline:
             self._epoch,
             draft.step,
             draft.nulls,
+            None if draft.source is None else torch.from_numpy(draft.source),
         )
         return batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
 

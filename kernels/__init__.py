@@ -95,7 +95,8 @@ def load_tables(path: Path) -> ctypes.CDLL:
         one.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
         one.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
         one.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
-        for name in ("headers", "uniform", "permute", "windows", "pointers"):
+        one.gpuload_turns.argtypes = [pointer, number, number, number, pointer, pointer, pointer, pointer]
+        for name in ("headers", "uniform", "permute", "windows", "pointers", "turns"):
             getattr(one, f"gpuload_{name}").restype = None
     library.held = held  # type: ignore[attr-defined, unused-ignore]
     return library
@@ -150,6 +151,22 @@ def run_permute(
     _for(library, len(index)).gpuload_permute(
         index.ctypes.data, len(index), n, *bits, keys.ctypes.data, len(keys), backwards, out.ctypes.data
     )
+
+
+def run_turns(
+    library: ctypes.CDLL,
+    shares: NDArray[np.int64],
+    lag: NDArray[np.int64],
+    taken: NDArray[np.int64],
+    source: NDArray[np.uint16],
+    index: NDArray[np.int64],
+) -> None:
+    """Fill `source` and `index`, u16[N] and i64[N], with the turns that follow the state `lag` and `taken`, i64[S]: it
+    moves on. See `gpuload.order.turns`."""
+    library.gpuload_turns(
+        shares.ctypes.data, len(shares), int(shares.sum()), len(source), lag.ctypes.data, taken.ctypes.data,
+        source.ctypes.data, index.ctypes.data,
+    )  # fmt: skip
 
 
 def run_windows(

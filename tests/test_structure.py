@@ -21,8 +21,8 @@ KERNELS = Path(gpuload.kernels.__file__)
 LAYERS = """
 errors kernels device clock stages
 order order.philox order.permutation order.draws order.orders order.cut order.ranks order.state
-tables tables.malloc tables.fork tables.projection tables.lance tables.together
-order.samplers order.weighted order.choose
+tables tables.malloc tables.fork tables.projection tables.lance tables.mix tables.together
+order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose

@@ -1,6 +1,7 @@
 """Which rows, when: pure functions with random access; nothing in this folder reads a row.
 
-Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments;  weighted.py: by weights
+Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments;  weighted.py: by weights;
+                       mix.py: of several tables, in the turns of turns.py
 Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank
 
 A sampler (samplers.py) makes both from a few numbers. Another order or cut is a file of its own beside these, and one
