@@ -15,6 +15,7 @@ from gpuload.errors import (
 from gpuload.fields.text import Text
 from gpuload.images import HEADER, Decoder, Encoded, Ragged
 from gpuload.images.transform import Image
+from gpuload.order.buckets import Buckets
 from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 from gpuload.order.weighted import WeightedSampler
 from gpuload.tables.mix import Mix
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Buckets",
     "ConfigError",
     "DecodeError",
     "Decoder",

@@ -33,6 +33,7 @@ from gpuload.images.transform import Image
 from gpuload.iteration import Batches
 from gpuload.options import NOT_GIVEN, Options
 from gpuload.order import plans
+from gpuload.order.buckets import Buckets
 from gpuload.order.choose import telling
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
@@ -104,6 +105,8 @@ class LanceDataset(IterableDataset[Batch]):
         Threads that decode, or host threads of the GPU's decoder; the cores this process may use by default.
     max_pixels : int
         Images with more are errors, judged by their header.
+    buckets : Buckets, optional
+        Batches whose images share a size, that of ``Image("bucket")``; instead of `sampler`.
 
     Raises
     ------
@@ -141,6 +144,7 @@ class LanceDataset(IterableDataset[Batch]):
         num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
         readahead_bytes: int = 1 << 30,
+        buckets: Buckets | None = None,
     ) -> None:
         super().__init__()
         if args:
@@ -176,6 +180,7 @@ class LanceDataset(IterableDataset[Batch]):
             num_threads=num_threads,
             max_pixels=max_pixels,
             readahead_bytes=readahead_bytes,
+            buckets=buckets,
         )
         self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
         self._source: LanceTable | MixTable | None = None

@@ -14,6 +14,7 @@ from gpuload.errors import ConfigError, expect_counts, expect_int
 from gpuload.fields.text import Text
 from gpuload.images.decode.choose import check_decoder
 from gpuload.images.transform import Image
+from gpuload.order.buckets import Buckets, bucket_sampler
 from gpuload.order.choose import BLOCK, expect_alone, make_sampler
 from gpuload.order.mix import mix_sampler
 from gpuload.order.ranks import Ranks
@@ -60,6 +61,7 @@ class Options:
     num_threads: int | None
     max_pixels: int
     readahead_bytes: int
+    buckets: Buckets | None
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("batch_size", "batch_readahead", "max_pixels")}
@@ -79,9 +81,19 @@ class Options:
         if self.device != "auto":
             choose_device(self.device)
         check_decoder(self.decoder)
+        self._check_buckets()
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)
         self.choose_sampler(self.ranks())
+
+    def _check_buckets(self) -> None:
+        sized = [name for name, wish in self.transforms.items() if isinstance(wish, Image) and wish.size == "bucket"]
+        if self.buckets is None and sized:
+            raise ConfigError(f'Expected buckets=Buckets(...) beside Image("bucket") of {sized[0]!r}, got none.')
+        if self.buckets is not None and not isinstance(self.buckets, Buckets):
+            raise ConfigError(f"Expected buckets as a gpuload.Buckets, got {self.buckets!r}.")
+        if self.buckets is not None and isinstance(self.dataset, Mix):
+            raise ConfigError("Expected Mix or buckets, got both: batches of one size are not in the turns of a mix.")
 
     def ranks(self) -> Ranks:
         """Where rank and world size come from."""
@@ -90,6 +102,8 @@ class Options:
     def choose_sampler(self, ranks: Ranks) -> Any:
         """The sampler with its rank and world size of now: a process group may be initialised late."""
         words = (self.sampler, self.shuffle, self.shard_granularity)
+        if self.buckets is not None:
+            return bucket_sampler(self.buckets, *words, self.max_pixels, ranks, self.seed)
         if isinstance(self.dataset, Mix):
             return mix_sampler(self.dataset, *words, self.samples, ranks, self.seed, BLOCK)
         return make_sampler(*words, ranks, self.seed)

@@ -24,6 +24,7 @@ order order.philox order.permutation order.draws order.orders order.cut order.ra
 tables tables.malloc tables.fork tables.projection tables.lance tables.mix tables.together
 order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
+images.header_sizes order.buckets
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.text fields.numbers fields.lists fields.image fields.bytes fields.choose
@@ -46,7 +47,7 @@ OWNERS = {
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
     | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
     "typer": {"tools.cli"},
-    "rich": {"tools.cli", "tools.ingest"},
+    "rich": {"tools.cli", "tools.ingest", "images.header_sizes"},
 }
 
 

@@ -79,9 +79,10 @@ class ImageField:
         table["height"][list(errors)] = 0  # nobody decodes them
         if not self._images[0].orient:
             table["orientation"] = 1
+        images = [image.sized(rows.bucket) for image in self._images]
         outputs = [
             _Output(column.name, image, views.views(image, table, draws, stream))
-            for column, image, stream in zip(self.columns, self._images, self._streams, strict=True)
+            for column, image, stream in zip(self.columns, images, self._streams, strict=True)
         ]
         fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
         work = _Work(found, table, outputs, self._parts)
@@ -208,6 +209,8 @@ def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.devi
 
 def _form(image: Image) -> str:
     dtype = str(image.dtype).removeprefix("torch.")
+    if image.size == "bucket":
+        return f"{dtype}[B, {image.channels}, H, W], the size of its bucket"
     if image.shape is None:
         return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
     return f"{dtype}[B, {', '.join(map(str, image.shape))}]" + (" channels_last" if image.channels_last else "")

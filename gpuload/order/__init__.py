@@ -2,7 +2,7 @@
 
 Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments;  weighted.py: by weights;
                        mix.py: of several tables, in the turns of turns.py
-Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank
+Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank;  buckets.py: of one image size
 
 A sampler (samplers.py) makes both from a few numbers. Another order or cut is a file of its own beside these, and one
 line where it is chosen (choose.py). What travels between them is here.

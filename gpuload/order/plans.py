@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -14,7 +16,7 @@ from gpuload.order.foreign import foreign_reads
 from gpuload.order.samplers import PlanSampler
 from gpuload.order.state import Position
 from gpuload.pipeline import Read
-from gpuload.tables import Table
+from gpuload.tables import Selection, Table
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.together import AT_ONCE, read_together
 
@@ -55,7 +57,12 @@ def _reads(planned: Iterator[tuple[Rows, Ranges]], table: Table, place: Position
     batches, again = itertools.tee(planned)
     parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead))
     for (rows, ranges), part in zip(batches, parts, strict=True):
+        part = part if rows.size is None else functools.partial(_sized, part, rows.size)
         yield Read(place.before + rows.step, table.positions(ranges), rows.real, part, rows.place, rows.source)
+
+
+def _sized(part: Callable[[], Selection], size: tuple[int, int]) -> Selection:
+    return dataclasses.replace(part(), bucket=size)
 
 
 def save(sampler: Any, table: Table, options: Options, place: Position) -> dict[str, Any]:

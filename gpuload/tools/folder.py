@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
+from gpuload.images.pillow import orientation
 from gpuload.stages import ordered_map
 
 FILE_KEYS = ("file_name", "filename", "file", "path", "image")
@@ -36,6 +37,8 @@ class Row:
     data: bytes = b""
     caption: str | None = None
     label: int | None = None
+    height: int | None = None  # pixels, as a person sees it: after its EXIF orientation
+    width: int | None = None
     refused: str = ""
 
 
@@ -204,22 +207,25 @@ def _read(root: Path, file: File) -> Row:
     except OSError as error:
         row.refused = f"cannot be read: {error.strerror}"
     else:
-        row.refused = why_no_image(row.data)
+        row.refused = why_no_image(row.data, row)
     return row
 
 
-def why_no_image(data: bytes) -> str:
-    """Why the header is no image's, "" if it is one's. Pixels are not decoded: a cut-off file passes."""
+def why_no_image(data: bytes, row: Row | None = None) -> str:
+    """Why the header is no image's, "" if it is one's; `row` gets its size. Pixels are not decoded: a cut-off file
+    passes."""
     if not data:
         return "empty file"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+            width, height = image.size if orientation(image) < 5 else image.size[::-1]
             image.verify()
     except UnidentifiedImageError:
         return f"not an image: {len(data)} bytes starting {data[:8].hex()}"
     except Exception as error:  # a format's parser may raise anything on hostile bytes
         return f"broken image: {error}"
+    if row is not None:
+        row.height, row.width = height, width
     return "" if width and height else f"an image of {width}x{height} pixels"
 
 
