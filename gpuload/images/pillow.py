@@ -39,7 +39,7 @@ def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, erro
             if not sized:  # else who decodes it has the last word
                 errors[i] = error
             continue
-        header["orientation"] = orientation(image)
+        header["orientation"] = _orientation(image)
         if not sized:
             header["height"], header["width"], header["channels"] = image.height, image.width, channels(image)
             header["precision"] = 16 if image.mode.startswith("I") else 0 if image.mode == "F" else 8
@@ -112,7 +112,7 @@ def _expect_size(height: int, width: int, most: int) -> None:
         raise DecodeError(f"Expected at most {most} pixels (max_pixels), got {height}x{width} = {height * width}")
 
 
-def orientation(image: pillow.Image) -> int:
+def _orientation(image: pillow.Image) -> int:
     """EXIF orientation still to be applied; Pillow turns TIFF files as it loads them."""
     if image.format == "TIFF":
         return 1

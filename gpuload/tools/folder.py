@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
-from gpuload.images.pillow import orientation
+from gpuload.images import Encoded, headers, pillow, sizes
 from gpuload.stages import ordered_map
 
 FILE_KEYS = ("file_name", "filename", "file", "path", "image")
@@ -207,25 +208,34 @@ def _read(root: Path, file: File) -> Row:
     except OSError as error:
         row.refused = f"cannot be read: {error.strerror}"
     else:
-        row.refused = why_no_image(row.data, row)
+        row.refused = why_no_image(row.data)
+        row.height, row.width = (None, None) if row.refused else size_of(row.data)
     return row
 
 
-def why_no_image(data: bytes, row: Row | None = None) -> str:
-    """Why the header is no image's, "" if it is one's; `row` gets its size. Pixels are not decoded: a cut-off file
-    passes."""
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of an image in pixels, after its EXIF orientation, as its header says."""
+    encoded = Encoded.of([data])
+    found = headers.read(encoded)
+    pillow.open_rest(encoded, found, sys.maxsize, {})
+    for image in encoded.opened.values():
+        image.close()
+    height, width = sizes(found)
+    return int(height[0]), int(width[0])
+
+
+def why_no_image(data: bytes) -> str:
+    """Why the header is no image's, "" if it is one's. Pixels are not decoded: a cut-off file passes."""
     if not data:
         return "empty file"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size if orientation(image) < 5 else image.size[::-1]
+            width, height = image.size
             image.verify()
     except UnidentifiedImageError:
         return f"not an image: {len(data)} bytes starting {data[:8].hex()}"
     except Exception as error:  # a format's parser may raise anything on hostile bytes
         return f"broken image: {error}"
-    if row is not None:
-        row.height, row.width = height, width
     return "" if width and height else f"an image of {width}x{height} pixels"
 
 
