@@ -20,7 +20,10 @@ from gpuload.fields.mask import Mask
 from gpuload.fields.text import Text
 from gpuload.images import HEADER, Decoder, Encoded, Ragged
 from gpuload.images.transform import Image
+from gpuload.order.buckets import Buckets
 from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
+from gpuload.order.weighted import WeightedSampler
+from gpuload.tables.mix import Mix
 
 __version__ = "0.1.0"
 
@@ -29,6 +32,7 @@ __all__ = [
     "BadRowWarning",
     "Batch",
     "Boxes",
+    "Buckets",
     "ConfigError",
     "DecodeError",
     "Decoder",
@@ -41,6 +45,7 @@ __all__ = [
     "Image",
     "LanceDataset",
     "Mask",
+    "Mix",
     "Ragged",
     "RowError",
     "ShardedBatchSampler",
@@ -49,4 +54,5 @@ __all__ = [
     "StateError",
     "Text",
     "TextError",
+    "WeightedSampler",
 ]

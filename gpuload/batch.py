@@ -38,6 +38,8 @@ class Batch(dict[str, Any]):
         its EXIF orientation, on the CPU. Means nothing where ``valid`` is False.
     original_sizes : dict of str to i64[B, 2]
         Height and width of the original images, after their EXIF orientation, on the CPU.
+    source : i64[B] or None
+        Which source of a `Mix` each row is from, by number in its order, on the CPU; None for one dataset.
     """
 
     rows: torch.Tensor
@@ -47,6 +49,7 @@ class Batch(dict[str, Any]):
     nulls: dict[str, torch.Tensor]
     regions: dict[str, torch.Tensor]
     original_sizes: dict[str, torch.Tensor]
+    source: torch.Tensor | None
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Batch(dict[str, Any]):
         nulls: dict[str, torch.Tensor] | None = None,
         regions: dict[str, torch.Tensor] | None = None,
         original_sizes: dict[str, torch.Tensor] | None = None,
+        source: torch.Tensor | None = None,
     ) -> None:
         super().__init__(columns)
         if rows is None:  # type(batch)({...}), as transformers and accelerate write it
@@ -65,6 +69,7 @@ class Batch(dict[str, Any]):
         valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
         self.regions, self.original_sizes = regions or {}, original_sizes or {}
+        self.source = source
         for name, value in columns.items():
             if _has_rows(value) and len(value) != len(rows):
                 raise ValueError(f"Expected {len(rows)} values in column {name!r}, got {len(value)}.")
@@ -88,9 +93,9 @@ class Batch(dict[str, Any]):
         found.update(columns)
         return found
 
-    def _about(self) -> tuple[dict[str, torch.Tensor], ...]:
-        """What is known of the rows, by column."""
-        return self.nulls, self.regions, self.original_sizes
+    def _about(self) -> tuple[Any, ...]:
+        """What is known of the rows: dicts of a tensor by column, and tensors or None."""
+        return self.nulls, self.regions, self.original_sizes, self.source
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
@@ -114,7 +119,7 @@ class Batch(dict[str, Any]):
         found.update(columns)
         return found
 
-    def _picked(self, rows: NDArray[np.int64]) -> tuple[dict[str, Any], tuple[dict[str, torch.Tensor], ...]]:
+    def _picked(self, rows: NDArray[np.int64]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """The columns of these rows of the batch, in this order, and what is known of them."""
         index = torch.from_numpy(rows)
         pinned = index.pin_memory() if any(_on_cuda(value) for value in self.values()) else index
@@ -128,7 +133,11 @@ class Batch(dict[str, Any]):
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
             return [value[i] for i in rows.tolist()]  # a list, or a sequence of the user's
 
-        about = tuple({name: values[index] for name, values in each.items()} for each in self._about())
+        about = tuple(
+            {name: values[index] for name, values in each.items()} if isinstance(each, dict)
+            else each if each is None else each[index]
+            for each in self._about()
+        )  # fmt: skip
         return {name: pick(value) for name, value in self.items()}, about
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:

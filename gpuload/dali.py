@@ -231,7 +231,9 @@ class DALILanceIterator:
         self._last = held
         self._pipeline.schedule_run()
         beside = {name: value for name, value in held.items() if name not in self._source.outputs}
-        return Batch({**columns, **beside}, held.rows, held.valid, held.epoch, held.step, held.nulls)
+        return Batch(
+            {**columns, **beside}, held.rows, held.valid, held.epoch, held.step, held.nulls, source=held.source
+        )
 
     def __len__(self) -> int:
         """Batches of this rank's epoch."""

@@ -33,6 +33,7 @@ from gpuload.images.decode.host import MAX_PIXELS
 from gpuload.iteration import Batches
 from gpuload.options import NOT_GIVEN, Options
 from gpuload.order import plans
+from gpuload.order.buckets import Buckets
 from gpuload.order.choose import telling
 from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
@@ -40,6 +41,7 @@ from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
+from gpuload.tables.mix import Mix, MixTable
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -52,8 +54,8 @@ class LanceDataset(IterableDataset[Batch]):
 
     Parameters
     ----------
-    dataset : str, Path or lance.LanceDataset
-        URI, path, or an opened dataset, which pins its version.
+    dataset : str, Path, lance.LanceDataset or Mix
+        URI, path, or an opened dataset, which pins its version; or several of them as a `Mix`, always shuffled.
     batch_size : int
         Rows of every batch but the last of an epoch.
     columns : list of str or dict of str to str, optional
@@ -117,6 +119,8 @@ class LanceDataset(IterableDataset[Batch]):
         Threads that decode, or host threads of the GPU's decoder; the cores this process may use by default.
     max_pixels : int
         Images with more are errors, judged by their header.
+    buckets : Buckets, optional
+        Batches whose images share a size, that of ``Image("bucket")``; instead of `sampler`.
 
     Raises
     ------
@@ -156,6 +160,7 @@ class LanceDataset(IterableDataset[Batch]):
         num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
         readahead_bytes: int = 1 << 30,
+        buckets: Buckets | None = None,
     ) -> None:
         super().__init__()
         if args:
@@ -193,19 +198,23 @@ class LanceDataset(IterableDataset[Batch]):
             num_threads=num_threads,
             max_pixels=max_pixels,
             readahead_bytes=readahead_bytes,
+            buckets=buckets,
         )
         self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
-        self._source: LanceTable | None = None
+        self._source: LanceTable | MixTable | None = None
         self._decoder: Decoder | None = None
         self._begun: list[weakref.ref[Batches]] = []
         self._images: dict[str, int] = {}  # decoded by decoders that were closed
         self._before: dict[str, int] = {}  # by the present one, before it was taken
         self._reset()
         dataset = self._options.dataset
-        if lance_running() or not isinstance(dataset, (str, Path)):
+        places = dataset.places() if isinstance(dataset, Mix) else [dataset]
+        if lance_running() or not all(isinstance(place, (str, Path)) for place in places):
             self._open()
-        elif "://" not in str(dataset) and not os.path.exists(dataset):
-            raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got no such folder.")
+            return
+        for place in places:
+            if "://" not in str(place) and not os.path.exists(place):
+                raise ConfigError(f"Expected a Lance dataset at {str(place)!r}, got no such folder.")
 
     def __iter__(self) -> Batches:
         """This rank's batches of the current epoch, from the start or from where a loaded state says."""
@@ -244,8 +253,14 @@ class LanceDataset(IterableDataset[Batch]):
 
     @property
     def dataset(self) -> Any:
-        """The opened ``lance.LanceDataset``."""
+        """The opened ``lance.LanceDataset``; a dict of them by name where this is a mix."""
         return self._open().lance
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the numbers in `Batch.source` mean: the names of a mix, empty for one dataset."""
+        source = self._open()
+        return source.names if isinstance(source, MixTable) else ()
 
     @property
     def device(self) -> torch.device:
@@ -435,12 +450,12 @@ class LanceDataset(IterableDataset[Batch]):
     def _sampler(self) -> Any:
         return self._options.choose_sampler(self._ranks)
 
-    def _open(self) -> LanceTable:
+    def _open(self) -> LanceTable | MixTable:
         """The source, opened and its columns resolved on first use."""
         check_fork()
         options = self._options
         if self._source is None:
-            self._source = LanceTable(options.dataset, **options.table())
+            self._source = options.open()
             if not self._source.rows and (options.filter is not None or options.split is not None):
                 words = {"filter": options.filter, "split": options.split}
                 given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
@@ -468,7 +483,7 @@ class LanceDataset(IterableDataset[Batch]):
             fields(self._columns, parts), order, streams, seed=self.seed, epoch=place.epoch, on_error=self.on_error,
             alone=getattr(sampler, "world_size", 1) == 1, after=options.after, whole=takes_batches(decoder),
             ahead=self.batch_readahead, ahead_bytes=self.readahead_bytes,
-            counts=self._counts, clocks=clocks, bad_rows=self._bad_rows,
+            counts=self._counts, clocks=clocks, bad_rows=self._bad_rows, sources=self.sources,
         )  # fmt: skip
         return steps, pipeline.run(reads)
 

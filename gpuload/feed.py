@@ -216,7 +216,8 @@ def _filled(batch: Batch, size: int) -> Batch:
     columns = {name: grown(value) for name, value in batch.items()}
     valid = batch.valid[pick] & (torch.arange(size) < batch.size)
     nulls = {name: flags[pick] for name, flags in batch.nulls.items()}
-    return Batch(columns, batch.rows[pick], valid, batch.epoch, batch.step, nulls)
+    source = None if batch.source is None else batch.source[pick]
+    return Batch(columns, batch.rows[pick], valid, batch.epoch, batch.step, nulls, source=source)
 
 
 def addresses(batch: Batch, names: list[str]) -> set[int]:

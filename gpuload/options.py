@@ -15,11 +15,16 @@ from gpuload.device import choose_device
 from gpuload.errors import ConfigError, expect_counts, expect_int
 from gpuload.fields.choose import Transform
 from gpuload.images.decode.choose import check_decoder
-from gpuload.order.choose import expect_alone, expect_planned, make_sampler
+from gpuload.images.transform import Image
+from gpuload.order.buckets import Buckets, bucket_sampler
+from gpuload.order.choose import BLOCK, expect_alone, expect_planned, make_sampler
+from gpuload.order.mix import mix_sampler
 from gpuload.order.ranks import Ranks
 from gpuload.order.samplers import PlanSampler
 from gpuload.order.split import make_split
 from gpuload.pipeline import ON_ERROR
+from gpuload.tables.lance import LanceTable
+from gpuload.tables.mix import Mix, MixTable
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 
@@ -62,6 +67,7 @@ class Options:
     num_threads: int | None
     max_pixels: int
     readahead_bytes: int
+    buckets: Buckets | None
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("batch_size", "batch_readahead", "max_pixels")}
@@ -92,6 +98,7 @@ class Options:
             if isinstance(place := getattr(self, name), (str, Path)):
                 object.__setattr__(self, name, type(place)(os.path.expanduser(place)))
         self._expect_used()
+        self._check_buckets()
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)
         sampler = self.choose_sampler(self.ranks())
@@ -132,13 +139,31 @@ class Options:
                 f"decoder={self.decoder!r} and device={self.device!r}, where nothing is decoded to a smaller size."
             )
 
+    def _check_buckets(self) -> None:
+        sized = [name for name, wish in self.transforms.items() if isinstance(wish, Image) and wish.size == "bucket"]
+        if self.buckets is None and sized:
+            raise ConfigError(f'Expected buckets=Buckets(...) beside Image("bucket") of {sized[0]!r}, got none.')
+        if self.buckets is not None and not isinstance(self.buckets, Buckets):
+            raise ConfigError(f"Expected buckets as a gpuload.Buckets, got {self.buckets!r}.")
+        if self.buckets is not None and isinstance(self.dataset, Mix):
+            raise ConfigError("Expected Mix or buckets, got both: batches of one size are not in the turns of a mix.")
+
     def ranks(self) -> Ranks:
         """Where rank and world size come from."""
         return Ranks(self.rank, self.world_size, self.auto_detect_rank)
 
     def choose_sampler(self, ranks: Ranks) -> Any:
         """The sampler with its rank and world size of now: a process group may be initialised late."""
-        return make_sampler(self.sampler, self.shuffle, self.shard_granularity, ranks, self.seed)
+        words = (self.sampler, self.shuffle, self.shard_granularity)
+        if self.buckets is not None:
+            return bucket_sampler(self.buckets, *words, self.max_pixels, ranks, self.seed)
+        if isinstance(self.dataset, Mix):
+            return mix_sampler(self.dataset, *words, self.samples, ranks, self.seed, BLOCK)
+        return make_sampler(*words, ranks, self.seed)
+
+    def open(self) -> LanceTable | MixTable:
+        """The rows."""
+        return (MixTable if isinstance(self.dataset, Mix) else LanceTable)(self.dataset, **self.table())
 
     def table(self) -> dict[str, Any]:
         """The keywords of the table."""

@@ -50,12 +50,15 @@ def read_threads(cores: int) -> int:
 
 @dataclass
 class Read:
-    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get them."""
+    """What one step reads: its rows' positions, how many are not fill-up rows, and how to get them; the place of each
+    in the order, where a row may come twice, and its table, where there are several."""
 
     step: int
     rows: NDArray[np.int64]
     real: int
     selection: Callable[[], Selection]
+    place: NDArray[np.int64] | None = None
+    source: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Draft:
     step: int
     rows: NDArray[np.int64]
     real: int
+    draws: Draws
+    source: NDArray[np.int64] | None = None
     values: dict[str, Any] = field(default_factory=dict)
     nulls: dict[str, torch.Tensor] = field(default_factory=dict)
     fails: Fails = field(default_factory=list)
@@ -112,6 +117,8 @@ class Pipeline:
         With the numbers of threads of the stages "read" and "decode".
     bad_rows : BadRows
         Takes what could not become tensors.
+    sources : sequence of str
+        Names of the tables, where there are several.
     """
 
     def __init__(
@@ -131,10 +138,11 @@ class Pipeline:
         counts: Counter[str],
         clocks: dict[str, Clock],
         bad_rows: BadRows,
+        sources: Sequence[str] = (),
     ) -> None:
         self._fields, self._order, self._streams = fields, list(order), streams
         self._seed, self._epoch, self._on_error = seed, epoch, on_error
-        self._alone, self._after, self._whole = alone, tuple(after), whole
+        self._alone, self._after, self._whole, self._sources = alone, tuple(after), whole, sources
         self._ahead, self._ahead_bytes, self._counts, self._clocks = max(1, ahead), ahead_bytes, counts, clocks
         self._bad_rows = bad_rows
         self._count_lock = threading.Lock()
@@ -182,8 +190,9 @@ class Pipeline:
 
     def _draft(self, read: Read) -> Draft:
         rows = read.selection()
-        draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
-        draws, refused = Draws(self._seed, self._epoch, read.rows), 0
+        draws = Draws(self._seed, self._epoch, read.rows if read.place is None else read.place)
+        draft = Draft(read.step, read.rows, read.real, draws, read.source, size=rows.nbytes)
+        refused = 0
         for each in self._fields:
             taken = each.take(rows, draws, draft.geometry)
             draft.values.update(taken.values)
@@ -259,12 +268,14 @@ class Pipeline:
             bad[i] = True
         for i, name, error in sorted(draft.fails, key=lambda fail: fail[:2]):
             if valid[i]:  # a row that only fills up a rank is another rank's
-                self._bad_rows.add(int(draft.rows[i]), name, error, self._epoch, on_error=self._on_error)
+                where = self._source(draft, i)
+                self._bad_rows.add(int(draft.rows[i]), name, error, self._epoch, where, on_error=self._on_error)
         empty = self._on_error == "skip" and bool(bad.all())
         if errors and (self._on_error == "raise" or (empty and not self._alone)):
             i = min(errors)
             name, error = errors[i]
-            raise error.at(int(draft.rows[i]), name, _EMPTY if empty else _GO_ON)
+            where = f"The row is of source {source!r}. " if (source := self._source(draft, i)) is not None else ""
+            raise error.at(int(draft.rows[i]), name, where + (_EMPTY if empty else _GO_ON))
         counted = int((bad & valid).sum())
         self._count(batches=int(not empty), rows=draft.real, **{_COUNTED.get(self._on_error, "rows_bad"): counted})
         batch = Batch(
@@ -276,16 +287,23 @@ class Pipeline:
             draft.nulls,
             regions={name: torch.from_numpy(each.regions) for name, each in draft.geometry.items()},
             original_sizes={name: torch.from_numpy(each.sizes) for name, each in draft.geometry.items()},
+            source=None if draft.source is None else torch.from_numpy(draft.source),
         )
         if bad.any() and self._on_error == "replace":
             batch = batch.replace(bad)
         elif bad.any() and self._on_error == "skip":
             batch = batch.keep(~bad)
-        return self._mixed(batch) if self._after and batch.size else batch
+        if not self._after or not batch.size:
+            return batch
+        kept = draft.draws.rows if batch.size == len(draft.rows) else draft.draws.rows[~bad]
+        return self._mixed(batch, Draws(self._seed, self._epoch, kept))
 
-    def _mixed(self, batch: Batch) -> Batch:
+    def _source(self, draft: Draft, i: int) -> str | None:
+        """The name of the table that row i is of, where there are several."""
+        return None if draft.source is None else self._sources[draft.source[i]]
+
+    def _mixed(self, batch: Batch, draws: Draws) -> Batch:
         """What whole batches go through in the end."""
-        draws = Draws(self._seed, self._epoch, batch.rows.numpy())
         with span("gpuload.after"):
             for k, function in enumerate(self._after):
                 try:

@@ -111,7 +111,8 @@ def load_tables(path: Path) -> ctypes.CDLL:
         one.gpuload_views.argtypes += [pointer, pointer]
         one.gpuload_rows.argtypes = [pointer, number, pointer, number, ctypes.c_uint64, pointer]
         one.gpuload_wrong.argtypes = [pointer, pointer, pointer, number, number]
-        for name in ("headers", "uniform", "permute", "windows", "pointers"):
+        one.gpuload_turns.argtypes = [pointer, number, number, number, pointer, pointer, pointer, pointer]
+        for name in ("headers", "uniform", "permute", "windows", "pointers", "turns"):
             getattr(one, f"gpuload_{name}").restype = None
         for name in ("views", "rows", "wrong"):
             getattr(one, f"gpuload_{name}").restype = number
@@ -228,6 +229,22 @@ def run_wrong(
         at.ctypes.data, size.ctypes.data, headers.ctypes.data, len(at), min(max_pixels, 2**63 - 1)
     )
     return wrong
+
+
+def run_turns(
+    library: ctypes.CDLL,
+    shares: NDArray[np.int64],
+    lag: NDArray[np.int64],
+    taken: NDArray[np.int64],
+    source: NDArray[np.uint16],
+    index: NDArray[np.int64],
+) -> None:
+    """Fill `source` and `index`, u16[N] and i64[N], with the turns that follow the state `lag` and `taken`, i64[S]: it
+    moves on. See `gpuload.order.turns`."""
+    library.gpuload_turns(
+        shares.ctypes.data, len(shares), int(shares.sum()), len(source), lag.ctypes.data, taken.ctypes.data,
+        source.ctypes.data, index.ctypes.data,
+    )  # fmt: skip
 
 
 def run_windows(

@@ -5,6 +5,10 @@
 // gpuload_permute  the Feistel network of gpuload.order.permutation, with its cycles walked; forwards or backwards.
 //   In   index  i64[count] in [0, n), keys u64[rounds]
 //   Out  out    i64[count] in [0, n)
+// gpuload_turns  whose turn it is among sources with shares: the chairman assignment of gpuload.order.turns.
+//   In   share  i64[sources], positive, their sum is total <= 2^50, sources <= 1024; how many places follow
+//   I/O  lag    i64[sources], places * share - turns * total; taken i64[sources]: turns so far
+//   Out  source u16[count], index i64[count]: the source of each place, and how many turns it had before
 #include <cstdint>
 
 namespace {
@@ -54,5 +58,23 @@ extern "C" void gpuload_permute(const int64_t* index, int64_t count, uint64_t n,
       value = high << low_bits | low;
     } while (value >= n);
     out[i] = (int64_t)value;
+  }
+}
+
+extern "C" void gpuload_turns(const int64_t* share, int64_t sources, int64_t total, int64_t count, int64_t* lag,
+                              int64_t* taken, uint16_t* source, int64_t* index) {
+  const int64_t slack = 2 * sources - 2;  // nobody is more than 1 - 1/slack turns early or late
+  for (int64_t place = 0; place < count; ++place) {
+    int64_t next = 0;
+    double least = 1e300;  // slack times the places until it is too late for `next`
+    for (int64_t s = 0; s < sources; ++s) {
+      lag[s] += share[s];
+      if (slack * lag[s] < total) continue;  // too early
+      const double left = (double)((slack - 1) * total - slack * lag[s]) / (double)share[s];
+      if (left < least) next = s, least = left;
+    }
+    lag[next] -= total;
+    source[place] = (uint16_t)next;
+    index[place] = taken[next]++;
   }
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -73,6 +75,26 @@ def write_images(path: Path, rows: int, per_fragment: int = 20) -> Any:
 def real_ids(batches: Iterable[Any]) -> list[int]:
     """The ids of all rows but the fill-up ones, in order."""
     return [int(i) for batch in batches for i in batch["id"][batch.valid]]
+
+
+def chain(make: Callable[[int, int], Any], legs: Iterable[tuple[int, int | None]]) -> list[Any]:
+    """All batches of an epoch that is interrupted: for each leg (world size, steps) new datasets ``make(rank, world)``
+    load the last state and take so many steps, None for the rest; in the order that one rank would have."""
+    saved, found = None, list[Any]()
+    for world, steps in legs:
+        ranks = [make(rank, world) for rank in range(world)]
+        for dataset in ranks if saved else []:
+            dataset.load_state_dict(json.loads(json.dumps(saved)))
+        running = [iter(dataset) for dataset in ranks]
+        taken = [list(itertools.islice(batches, steps)) for batches in running]
+        assert len({len(batches) for batches in taken}) == 1
+        found += [batch for step in zip(*taken, strict=True) for batch in step]
+        states = [batches.state_dict() for batches in running]
+        saved = states[0]
+        assert all(state == saved for state in states)
+        for batches in running:
+            batches.close()
+    return found
 
 
 def gpuload_threads() -> list[str]:

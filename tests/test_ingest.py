@@ -187,7 +187,7 @@ def test_metadata_of_each_folder_and_texts_beside_images(source: Path, target: P
 def test_without_any_caption_there_is_no_column(source: Path, target: Path) -> None:
     put(source, a_dot_jpg=encoded(1), a_dot_json="{}")
     report = run(source, target)
-    assert lance.dataset(str(target)).schema.names == ["image", "path"]
+    assert lance.dataset(str(target)).schema.names == ["image", "path", "height", "width"]
     assert (report.without_caption, report.left_out) == (None, [])
 
 
@@ -229,6 +229,30 @@ def test_what_is_no_dataset_is_never_written_over(source: Path, target: Path, op
     with pytest.raises(ConfigError, match="Expected a Lance dataset"):
         run(source, target, **({option: True} if option else {}))
     assert [path.name for path in target.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_of_each_image_is_written_as_a_person_sees_it(
+    source: Path, target: Path, kind: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(stream, kind, exif=exif)
+    put(source, a=stream.getvalue())
+    run(source, target)
+    (row,) = rows(target).values()
+    assert (row["height"], row["width"]) == ((6, 8) if orientation < 5 else (8, 6))
+    assert [str(lance.dataset(str(target)).schema.field(side).type) for side in ("height", "width")] == ["int32"] * 2
+
+
+def test_a_dataset_without_sizes_is_appended_to(source: Path, target: Path) -> None:
+    write([Row("old.jpg", encoded(1))], str(target), image_schema(None, captioned=False))
+    put(source, a_dot_jpg=encoded(2))
+    run(source, target, append=True)
+    assert list(rows(target)) == ["old.jpg", "a.jpg"]
+    assert lance.dataset(str(target)).schema.names == ["image", "path"]
 
 
 def test_append_keeps_class_numbers_and_refuses_other_columns(tmp_path: Path, target: Path) -> None:

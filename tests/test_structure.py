@@ -21,10 +21,10 @@ KERNELS = Path(gpuload.kernels.__file__)
 LAYERS = """
 errors badrows frameworks kernels device clock stages
 order order.philox order.permutation order.draws order.split order.orders order.cut order.ranks order.state
-tables tables.malloc tables.fork tables.projection tables.lance tables.together
-order.samplers order.choose
+tables tables.malloc tables.fork tables.projection tables.lance tables.mix tables.together
+order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
-images.augment
+images.augment images.header_sizes order.buckets
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.values fields.tokens fields.text
@@ -48,7 +48,7 @@ OWNERS = {
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
     | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
     "typer": {"tools.cli"},
-    "rich": {"tools.cli", "tools.ingest", "tools.verify"},
+    "rich": {"tools.cli", "tools.ingest", "tools.verify", "images.header_sizes"},
 }
 
 

@@ -82,9 +82,10 @@ class ImageField:
             table["height"][list(errors)] = 0  # nobody decodes them
         if not self._images[0].orient:
             table["orientation"] = 1
+        images = [image.sized(rows.bucket) for image in self._images]
         outputs = [
             _Output.of(column.name, image, table, draws, first)
-            for column, image, first in zip(self.columns, self._images, self._firsts, strict=True)
+            for column, image, first in zip(self.columns, images, self._firsts, strict=True)
         ]
         seen, turned = np.stack(sizes(table), axis=1), table["orientation"]
         geometry = {o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size) for o in outputs}  # type: ignore[arg-type]
@@ -249,6 +250,8 @@ def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.devi
 
 def _form(image: Image) -> str:
     dtype = str(image.dtype).removeprefix("torch.")
+    if image.size == "bucket":
+        return f"{dtype}[B, {image.channels}, H, W], the size of its bucket"
     if image.shape is None:
         return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
     shape = (*(image.views,) * (image.views > 1), *image.shape)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,9 @@ class Image:
 
     Parameters
     ----------
-    size : int, (int, int) or None
-        Output height and width in pixels; an int means a square. None keeps every image's own size.
+    size : int, (int, int), "bucket" or None
+        Output height and width in pixels; an int means a square. None keeps every image's own size. "bucket" is the
+        size that `Buckets` chose for the batch.
     crop : {"center", "random", "none"}
         The region that fills the output. ``"center"``: the largest centred rectangle of the output's shape, its
         sides times `crop_ratio` ("resize the shorter side to 256, then centre-crop 224" is 224/256 = 0.875).
@@ -68,7 +70,7 @@ class Image:
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
 
-    size: int | tuple[int, int] | None
+    size: int | tuple[int, int] | Literal["bucket"] | None
     crop: Literal["center", "random", "none"] = "center"
     crop_ratio: float = 0.875
     scale: tuple[float, float] = (0.08, 1.0)
@@ -85,11 +87,11 @@ class Image:
     augment: tuple[Callable[[torch.Tensor, Any], torch.Tensor], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size is not None:
+        if self.size not in (None, "bucket"):
             pair = isinstance(self.size, (tuple, list))
             size = tuple(self.size) if pair else (self.size, self.size)  # type: ignore[arg-type]
             good = len(size) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in size)
-            expect(good, "Image(size=...) as a positive int, (height, width) or None", self.size)
+            expect(good, 'Image(size=...) as a positive int, (height, width), "bucket" or None', self.size)
             object.__setattr__(self, "size", size)
         expect(self.crop in ("center", "random", "none"), 'Image(crop="center"|"random"|"none")', self.crop)
         expect(0 < self.crop_ratio <= 1, "Image(crop_ratio=...) in (0, 1]", self.crop_ratio)
@@ -136,8 +138,12 @@ class Image:
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of the output, None where every image keeps its own size."""
-        return None if self.size is None else (self.channels, *self.size)  # type: ignore[misc]
+        """(C, H, W) of the output, None where every image keeps its own size or each batch has one."""
+        return None if self.size in (None, "bucket") else (self.channels, *self.size)  # type: ignore[misc]
+
+    def sized(self, bucket: tuple[int, int] | None) -> Image:
+        """The same with the (height, width) of a batch's bucket, where it takes that."""
+        return _sized(self, bucket) if self.size == "bucket" and bucket is not None else self
 
     def scale_shift(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, shift) per channel so that ``pixel * scale + shift`` is the output, pixel in 0..255."""
@@ -145,3 +151,8 @@ class Image:
             return (1.0,) * self.channels, (0.0,) * self.channels
         mean, std = self.mean or (0.0,) * self.channels, self.std or (1.0,) * self.channels
         return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _sized(image: Image, size: tuple[int, int]) -> Image:
+    return replace(image, size=size)

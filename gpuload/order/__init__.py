@@ -1,7 +1,8 @@
 """Which rows, when: pure functions with random access; nothing in this folder reads a row.
 
-Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments
-Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank
+Order  place → rows    orders.py: in turn · batches · rows · blocks · fragments;  weighted.py: by weights;
+                       mix.py: of several tables, in the turns of turns.py
+Cut    step → Rows     cut.py: batches of a fixed size, the same number on every rank;  buckets.py: of one image size
 
 A sampler (samplers.py) makes both from a few numbers. Another order or cut is a file of its own beside these, and one
 line where it is chosen (choose.py). What travels between them is here.
@@ -9,6 +10,7 @@ line where it is chosen (choose.py). What travels between them is here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +31,22 @@ class Order(Protocol):
         """The rows at places `lo` to `hi`, 0 <= lo <= hi <= len."""
 
 
+class Repeating(ABC):
+    """An `Order` in which a row may come twice: its place counts in what is drawn for it, not its position."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Places."""
+
+    @abstractmethod
+    def __call__(self, lo: int, hi: int) -> Ranges:
+        """The rows at places `lo` to `hi`."""
+
+    def source(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The table of each of these rows; None where there is one."""
+        return None
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one batch.
@@ -44,6 +62,8 @@ class Rows:
         How many are not fill-up rows.
     size : tuple of int or None
         (height, width) of the batch's pictures, where the cut decides it.
+    place : i64[N] or None
+        The place of each in its epoch's order, where a row may come twice: what its draws are a function of.
     """
 
     step: int
@@ -51,6 +71,7 @@ class Rows:
     row: NDArray[np.int64]
     real: int
     size: tuple[int, int] | None = None
+    place: NDArray[np.int64] | None = None
 
 
 class Cut(Protocol):

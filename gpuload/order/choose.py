@@ -17,7 +17,7 @@ from gpuload.order.samplers import (
 )
 from gpuload.tables.lance import LanceBatches, LanceFragments, LanceFullScan, LanceSampler
 
-_BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
+BLOCK = 16  # rows; LanceDataset(shuffle="block"): 1.4 times the rate of single rows (benchmarks/results/read-2.2.json)
 
 
 def make_sampler(given: Any, shuffle: bool | str, granularity: str | None, ranks: Ranks, seed: int) -> Any:
@@ -41,7 +41,7 @@ def make_sampler(given: Any, shuffle: bool | str, granularity: str | None, ranks
             raise ConfigError(
                 f'Expected shuffle="batch" or False beside shard_granularity="fragment", got {shuffle!r}.'
             )
-        return ShuffleSampler(*place, seed, _BLOCK if shuffle == "block" else 1)
+        return ShuffleSampler(*place, seed, BLOCK if shuffle == "block" else 1)
     kind = ShardedFragmentSampler if granularity == "fragment" else ShardedBatchSampler
     return kind(*place, randomize=shuffle == "batch", seed=seed)
 

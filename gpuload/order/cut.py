@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpuload.errors import ConfigError
-from gpuload.order import Order, Ranges, Rows, expand
+from gpuload.order import Order, Ranges, Repeating, Rows, expand
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class FixedSize:
 
     def __call__(self, step: int) -> Rows:
         """The rows of batch `step`."""
-        return Rows(step, None, expand(self.ranges(step)), self.size(step)[1])
+        rows, real = expand(self.ranges(step)), self.size(step)[1]
+        if not isinstance(self.order, Repeating):
+            return Rows(step, None, rows, real)
+        return Rows(step, self.order.source(rows), rows, real, place=expand(np.array(self._places(step))))
 
     def used(self, steps: int) -> int:
         """Places of the order that are used up after `steps` steps of every rank."""
@@ -70,15 +73,21 @@ class FixedSize:
 
     def ranges(self, step: int) -> Ranges:
         """The rows of batch `step` in order, fill-up rows last: i64[N, 2], half-open."""
+        places = self._places(step)
+        if not len(self.order):  # a rank without rows is filled up with the first of the table
+            return np.array(places, np.int64)
+        return np.concatenate([self.order(lo, hi) for lo, hi in places])
+
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        """The places of batch `step`, half-open; those of fill-up rows begin again at the start of the order."""
         size, real = self.size(step)
-        rows = len(self.order)
         place = self.used(step) + self.rank * self.batch_size
-        parts = [self.order(place, place + real)] if real else []
-        while real < size:  # from the start of the order, again and again where it is shorter than a batch
-            more = min(size - real, max(rows, 1))
-            parts.append(self.order(0, more) if rows else np.array([[0, 1]]))
+        found = [(place, place + real)] if real else []
+        while real < size:
+            more = min(size - real, max(len(self.order), 1))
+            found.append((0, more))
             real += more
-        return np.concatenate(parts)
+        return found
 
     @property
     def _longest(self) -> int:

@@ -37,7 +37,7 @@ class Draws:
 
         Fewer are the first of more. The name ``""`` is the stream that crops and flips have of a column's first output.
         """
-        return uniform(_key(self.seed & 0xFFFFFFFFFFFFFFFF, name), self.epoch, self.rows, n)
+        return uniform(stream_key(self.seed & 0xFFFFFFFFFFFFFFFF, name), self.epoch, self.rows, n)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Named:
 
 
 @lru_cache(maxsize=1024)
-def _key(seed: int, name: str) -> int:
-    """The key of a name's stream, 64 bits."""
+def stream_key(seed: int, name: str) -> int:
+    """The key of a name's stream, 64 bits; `seed` has 64, too."""
     if not name:
         return seed
     digest = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u4")

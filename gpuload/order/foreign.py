@@ -17,6 +17,7 @@ from gpuload.pipeline import Read
 from gpuload.stages import Budget, ordered_map
 from gpuload.tables import Selection, one_batch
 from gpuload.tables.lance import LanceTable
+from gpuload.tables.mix import MixTable
 
 
 def told(sampler: Any) -> tuple[int, int] | None:
@@ -80,7 +81,7 @@ def _exactly(stream: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
 def raw_batches(
     reads: Iterable[Read],
     function: Callable[..., Any] | None,
-    source: LanceTable,
+    source: LanceTable | MixTable,
     ahead: int,
     ahead_bytes: int,
     clock: Clock,

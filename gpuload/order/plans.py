@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -14,6 +16,7 @@ from gpuload.order.foreign import foreign_reads
 from gpuload.order.samplers import PlanSampler
 from gpuload.order.state import Position
 from gpuload.pipeline import Read
+from gpuload.tables import Selection, Table
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.together import AT_ONCE, read_together
 
@@ -31,41 +34,44 @@ def planner(sampler: Any, what: str) -> PlanSampler:
     return sampler
 
 
-def cut(sampler: PlanSampler, table: LanceTable, options: Options, place: Position) -> Cut:
+def cut(sampler: PlanSampler, table: Table, options: Options, place: Position) -> Cut:
     """This rank's batches from where the run that `place` belongs to began."""
     sampler.set_epoch(place.epoch)
     return sampler.cut(table, options.batch_size, drop_last=options.drop_last, start=place.start)
 
 
-def reads(sampler: Any, table: LanceTable, options: Options, place: Position) -> tuple[int | None, Iterator[Read]]:
+def reads(sampler: Any, table: Table, options: Options, place: Position) -> tuple[int | None, Iterator[Read]]:
     """The steps of this run of the epoch, None where nobody can foresee them, and what this process reads from `place`
     to the end; in a DataLoader worker, its share of it."""
     worker = get_worker_info()
     first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-    if not isinstance(sampler, PlanSampler):
+    if not isinstance(sampler, PlanSampler) and isinstance(table, LanceTable):
         found = foreign_reads(sampler, table, options.batch_size, options.batch_readahead, options.filter)
         return None, itertools.islice(found, first, None, every)
-    steps = cut(sampler, table, options, place)
+    steps = cut(planner(sampler, "a mix"), table, options, place)
     mine = (steps(step) for step in range(place.taken, len(steps)) if step % every == first)
     return len(steps), _reads(((rows, coalesce(rows.row)) for rows in mine), table, place, options)
 
 
-def _reads(
-    planned: Iterator[tuple[Rows, Ranges]], table: LanceTable, place: Position, options: Options
-) -> Iterator[Read]:
+def _reads(planned: Iterator[tuple[Rows, Ranges]], table: Table, place: Position, options: Options) -> Iterator[Read]:
     batches, again = itertools.tee(planned)
     parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead))
     for (rows, ranges), part in zip(batches, parts, strict=True):
-        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part)
+        part = part if rows.size is None else functools.partial(_sized, part, rows.size)
+        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part, rows.place, rows.source)
 
 
-def save(sampler: Any, table: LanceTable, options: Options, place: Position) -> dict[str, Any]:
+def _sized(part: Callable[[], Selection], size: tuple[int, int]) -> Selection:
+    return dataclasses.replace(part(), bucket=size)
+
+
+def save(sampler: Any, table: Table, options: Options, place: Position) -> dict[str, Any]:
     """`place` as JSON."""
     found = planner(sampler, "state_dict()")
     return state.save(place, _identity(found, table, options), found.world_size)
 
 
-def restore(sampler: Any, table: LanceTable, options: Options, saved: object) -> tuple[Position, bool]:
+def restore(sampler: Any, table: Table, options: Options, saved: object) -> tuple[Position, bool]:
     """The place that was saved, and whether it is the end of its epoch.
 
     A run that goes on from it begins there, so that its first batch is the first worker's. A DataLoader worker that
@@ -83,7 +89,7 @@ def restore(sampler: Any, table: LanceTable, options: Options, saved: object) ->
     return place, not len(cut(found, table, options, place))
 
 
-def _identity(sampler: PlanSampler, table: LanceTable, options: Options) -> dict[str, Any]:
+def _identity(sampler: PlanSampler, table: Table, options: Options) -> dict[str, Any]:
     """What a state must agree with: the dataset, and all that its order depends on."""
     return {
         "uri": table.uri,

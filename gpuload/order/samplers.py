@@ -20,7 +20,7 @@ from gpuload.order.cut import FixedSize
 from gpuload.order.orders import Blocks, Fragments, InTurn, ShuffledBatches
 from gpuload.order.permutation import Permutation
 from gpuload.order.ranks import Ranks
-from gpuload.tables import one_batch
+from gpuload.tables import Table, one_batch
 from gpuload.tables.lance import LanceSampler, LanceTable
 
 Self = TypeVar("Self", bound="PlanSampler")
@@ -95,7 +95,7 @@ class PlanSampler(LanceSampler):
         order = self.order(rows, fragments, max(1, batch_size))  # the cut refuses a batch of none
         return FixedSize(order, batch_size, *self._ranks.resolve(), drop_last, start)
 
-    def cut(self, table: LanceTable, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
+    def cut(self, table: Table, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
         """One rank's epoch over `table`: what reads a column first, or cuts otherwise, overrides this."""
         return self.plan(table.rows, table.fragments, batch_size, drop_last=drop_last, start=start)
 

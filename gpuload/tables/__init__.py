@@ -32,6 +32,10 @@ class Table(Protocol):
         """Rows that are used."""
 
     @property
+    def stored(self) -> int:
+        """Positions: rows that are stored, used or not."""
+
+    @property
     def fragments(self) -> NDArray[np.int64]:
         """How many of them lie in each fragment, i64[F]; their sum is `rows`."""
 
@@ -64,10 +68,13 @@ class Selection:
     table : pa.Table
     index : i64[B] or None
         Where in `table` the batch's rows are, in its order; None for all of them as they are.
+    bucket : (int, int) or None
+        Height and width of the batch's images, where its cut decides them.
     """
 
     table: pa.Table
     index: NDArray[np.int64] | None = None
+    bucket: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:

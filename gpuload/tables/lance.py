@@ -7,6 +7,7 @@ are the same.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -81,17 +82,15 @@ class LanceTable:
         self.lance = _open(dataset, options or {})
         self.uri, self.version = str(self.lance.uri), int(self.lance.version)
         extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
-        self._fields: list[Field] = project(self.lance, columns, extra)
-        self.asked = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
-        self._opened = [f for f in self._fields if f.blob] if open_blobs else []
+        fields = project(self.lance, columns, extra)
+        self.asked = pa.schema([pa.field(f.name, f.type) for f in fields], metadata=self.lance.schema.metadata)
+        self._opened = [f for f in fields if f.blob] if open_blobs else []
         if self._opened:
-            others = [f for f in self._fields if not f.blob and f.name != "_rowid"]
-            self._fields = others + project(self.lance, [], ["_rowid"])
-        self.schema = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
-        self._expressions = {f.name: f.expression for f in self._fields if not f.blob}
-        self._plain = all(f.path for f in self._fields)
-        self._roots = list(dict.fromkeys(f.path[0] for f in self._fields if f.path and not f.blob))
+            others = [f for f in fields if not f.blob and f.name != "_rowid"]
+            fields = others + project(self.lance, [], ["_rowid"])
+        self._choose(fields)
         counts = [fragment.count_rows() for fragment in self.lance.get_fragments()]
+        self.stored = sum(counts)  # rows before the filter, the split and the sample
         self._split = split
         self._selected = self._select(filter, samples, seed, np.asarray(counts, np.int64))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -146,8 +145,7 @@ class LanceTable:
         ConfigError
             No such column, no column of numbers or bools, or a null in it.
         """
-        names = [field.name for field in self._fields]
-        field = self._fields[names.index(column)] if column in names else project(self.lance, {column: column}, [])[0]
+        names, field = [field.name for field in self._fields], self._field(column)
         if not any(is_kind(field.type) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)):
             raise ConfigError(f"Expected a column of numbers, got column {column!r}, which is {field.type}.")
         if self._cache is not None and column in names:
@@ -165,6 +163,13 @@ class LanceTable:
         found: NDArray[Any] = values.to_numpy()
         return found
 
+    def only(self, columns: Sequence[str]) -> LanceTable:
+        """The same rows with other columns, each named as `small` takes it; read from where the dataset is stored."""
+        found = copy.copy(self)
+        found._choose([self._field(column) for column in columns])
+        found._cache = None
+        return found
+
     def origin(self, column: str) -> str:
         """The stored column or the expression that an output column is; equal for two that are the same.
 
@@ -179,6 +184,19 @@ class LanceTable:
                 f"Expected one of the columns {list(expressions)}, got {column!r}.{near(column, expressions)}"
             )
         return expressions[column]
+
+    def _choose(self, fields: list[Field]) -> None:
+        """These are the columns that are read."""
+        self._fields = fields
+        self.schema = pa.schema([pa.field(f.name, f.type) for f in fields], metadata=self.lance.schema.metadata)
+        self._expressions = {f.name: f.expression for f in fields if not f.blob}
+        self._plain = all(f.path for f in fields)
+        self._roots = list(dict.fromkeys(f.path[0] for f in fields if f.path and not f.blob))
+
+    def _field(self, column: str) -> Field:
+        """An output column, else a stored one or an expression."""
+        found = next((field for field in self._fields if field.name == column), None)
+        return found or project(self.lance, {column: column}, [])[0]
 
     def _read(self, ranges: Ranges) -> pa.Table:
         if self._cache is not None:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
-from gpuload.images import Encoded, headers
+from gpuload.images import Encoded, headers, pillow, sizes
 from gpuload.stages import ordered_map
 
 FILE_KEYS = ("file_name", "filename", "file", "path", "image")
@@ -37,6 +38,8 @@ class Row:
     data: bytes = b""
     caption: str | None = None
     label: int | None = None
+    height: int | None = None  # pixels, as a person sees it: after its EXIF orientation
+    width: int | None = None
     refused: str = ""
 
 
@@ -206,7 +209,19 @@ def _read(root: Path, file: File) -> Row:
         row.refused = f"cannot be read: {error.strerror}"
     else:
         row.refused = why_no_image(row.data)
+        row.height, row.width = (None, None) if row.refused else size_of(row.data)
     return row
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of an image in pixels, after its EXIF orientation, as its header says."""
+    encoded = Encoded.of([data])
+    found = headers.read(encoded)
+    pillow.open_rest(encoded, found, sys.maxsize, {})
+    for image in encoded.opened.values():
+        image.close()
+    height, width = sizes(found)
+    return int(height[0]), int(width[0])
 
 
 def why_no_image(data: bytes) -> str:

@@ -1,7 +1,8 @@
 """A folder of images becomes a Lance dataset: one row a file, its bytes as they are.
 
-Enter: a `Folder`. Leave: a dataset with the columns ``image``, ``label``, ``caption`` and ``path`` (label and caption
-where the folder has them), and a report of every file that did not become a row.
+Enter: a `Folder`. Leave: a dataset with the columns ``image``, ``label``, ``caption``, ``path``, ``height``, ``width``
+(label and caption where the folder has them; the size in pixels after orientation), and a report of every file that
+did not become a row.
 
     walk ─ File ─▶ 4 threads read, check the header ─ Row ─▶ RecordBatches of 64 MB ─▶ lance.write_dataset
     (sorted)       (a disk wants several reads under way; the order is kept)
@@ -116,7 +117,8 @@ def ingest(
     if old is not None and append:
         _fit(folder, old, uri)
     report = IngestReport(uri, classes=folder.classes, without_caption=0 if folder.captioned else None)
-    schema = image_schema(folder.classes or None, folder.captioned)
+    sized = old is None or not append or "height" in old.schema.names  # older datasets have no sizes
+    schema = image_schema(folder.classes or None, folder.captioned, sized)
     mode: Literal["create", "append", "overwrite"] = "create" if old is None else "append" if append else "overwrite"
     with _bar(folder.files, progress) as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow thinks of a header is not this user's affair
@@ -128,7 +130,7 @@ def ingest(
     return report
 
 
-def image_schema(classes: list[str] | None, captioned: bool) -> pa.Schema:
+def image_schema(classes: list[str] | None, captioned: bool, sized: bool = False) -> pa.Schema:
     """The columns, described as ``datasets`` describes them, so that it and Lance's own loader decode them too.
 
     An image is ``struct<bytes, path>``: a plain binary column loses its Image feature in ``datasets`` and is an
@@ -140,6 +142,8 @@ def image_schema(classes: list[str] | None, captioned: bool) -> pa.Schema:
     if captioned:
         columns.append(("caption", pa.string(), {"dtype": "string", "_type": "Value"}))
     columns.append(("path", pa.string(), {"dtype": "string", "_type": "Value"}))
+    if sized:
+        columns += [(side, pa.int32(), {"dtype": "int32", "_type": "Value"}) for side in ("height", "width")]
     features = {"info": {"features": {name: feature for name, _, feature in columns}}}
     fields = [pa.field(name, dtype) for name, dtype, _ in columns]
     return pa.schema(fields, metadata={b"huggingface": json.dumps(features, ensure_ascii=False).encode()})
@@ -212,6 +216,8 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
         "label": pa.array([row.label for row in rows], pa.int64()),
         "caption": pa.array([row.caption for row in rows], pa.string()),
         "path": paths,
+        "height": pa.array([row.height for row in rows], pa.int32()),
+        "width": pa.array([row.width for row in rows], pa.int32()),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -253,7 +259,7 @@ def _fit(folder: Folder, old: lance.LanceDataset, uri: str) -> None:
     if new:
         raise ConfigError(f"Expected the classes {known} of {uri!r}, got {new} in {str(folder.root)!r} as well.")
     folder.classes, folder.captioned = known, folder.captioned or "caption" in old.schema.names
-    mine = image_schema(known or None, folder.captioned)
+    mine = image_schema(known or None, folder.captioned, "height" in old.schema.names)
     if [(f.name, f.type) for f in mine] != [(f.name, f.type) for f in old.schema]:
         raise ConfigError(f"Expected the columns {old.schema.names} of {uri!r}, got {mine.names}; they must agree.")
 
