@@ -52,8 +52,10 @@ def resolve(
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"Expected transforms for the columns read, {schema.names}; got {name!r}.{hint}")
         if transform is not bytes and not isinstance(transform, _TRANSFORMS):
-            words = " or ".join(f"gpuload.{kind.__name__}" for kind in reversed(_TRANSFORMS)) + " or bytes"
-            raise ConfigError(f"Expected {words} for column {name!r}, got {transform!r}.")
+            words = " or ".join(f"gpuload.{kind.__name__}" for kind in reversed(_TRANSFORMS))
+            raise ConfigError(
+                f"Expected {words} for column {name!r}, got {transform!r}. The type bytes leaves files as they are."
+            )
     known = Known(tuple(schema.names), _features(schema), values, formats)
     return [_column(field, transforms.get(field.name), known) for field in schema]
 
