@@ -676,7 +676,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "filter": ({"filter": "numbr > 1"}, "Lance refused filter='numbr > 1'"),
     "transform": ({"transforms": {"imag": Image(8)}}, "got 'imag'. Did you mean 'image'"),
     "transform_not_read": ({"columns": ["prompt"], "transforms": {"image": Image(8)}}, r"\['prompt'\]; got 'image'"),
-    "transform_type": ({"transforms": {"image": 224}}, "gpuload.Mask or gpuload.Text for column 'image', got 224"),
+    "transform_type": ({"transforms": {"image": 224}}, "gpuload.Image or gpuload.Text for column 'image', got 224"),
     "transform_of_text": ({"transforms": {"prompt": Image(8)}}, "for Image, got 'prompt': string"),
     "transform_of_image": ({"transforms": {"image": Text("bytes")}}, "string column for Text, got 'image'"),
     "transforms_alone": (

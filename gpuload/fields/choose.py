@@ -56,8 +56,10 @@ def resolve(
             hint = near(name, schema.names)
             raise ConfigError(f"Expected transforms for the columns read, {schema.names}; got {name!r}.{hint}")
         if transform is not bytes and not isinstance(transform, _TRANSFORMS):
-            words = ", ".join(sorted(f"gpuload.{kind.__name__}" for kind in _TRANSFORMS))
-            raise ConfigError(f"Expected {words} or bytes for column {name!r}, got {transform!r}.")
+            raise ConfigError(
+                f"Expected gpuload.Boxes, gpuload.Mask, gpuload.Image or gpuload.Text for column {name!r}, got "
+                f"{transform!r}. The type bytes leaves files as they are."
+            )
     known = Known(tuple(schema.names), _features(schema), values, formats)
     columns = [_column(field, transforms.get(field.name), known) for field in schema]
     images = [column.name for column in columns if column.role == "image"]
