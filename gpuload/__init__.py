@@ -8,9 +8,11 @@ from gpuload.errors import (
     DeviceError,
     ForkError,
     GpuloadError,
+    ReadError,
     RowError,
     StateError,
     TextError,
+    VersionError,
 )
 from gpuload.fields.text import Text
 from gpuload.images import HEADER, Decoder, Encoded, Ragged
@@ -33,6 +35,7 @@ __all__ = [
     "Image",
     "LanceDataset",
     "Ragged",
+    "ReadError",
     "RowError",
     "ShardedBatchSampler",
     "ShardedFragmentSampler",
@@ -40,4 +43,5 @@ __all__ = [
     "StateError",
     "Text",
     "TextError",
+    "VersionError",
 ]

@@ -41,6 +41,7 @@ from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
+from gpuload.tables.versions import OneVersion
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -177,6 +178,7 @@ class LanceDataset(IterableDataset[Batch]):
             readahead_bytes=readahead_bytes,
         )
         self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
+        self._versions = OneVersion(dataset, dataset_options, self._options.in_common())
         self._source: LanceTable | None = None
         self._decoder: Decoder | None = None
         self._begun: list[weakref.ref[Batches]] = []
@@ -368,6 +370,8 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
+        if self._versions.needs_parent(self._place()[1]):
+            self._open()
         left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
@@ -392,14 +396,22 @@ class LanceDataset(IterableDataset[Batch]):
     def _open(self) -> LanceTable:
         """The source, opened and its columns resolved on first use."""
         check_fork()
-        options = self._options
-        if self._source is None:
-            self._source = LanceTable(options.dataset, **options.table())
+        options, place = self._options, self._place()
+        if self._source is None or self._versions.due(place[1]):
+            opened = self._versions.open(*place)
+            if self._source is None or opened.version != self._source.version:
+                self._source, self._columns = LanceTable(opened, **options.table()), []
             if not self._source.rows and options.filter is not None:
                 warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
         if not self._columns:
             self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
         return self._source
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world size) among those who must read one version, which a sampler for every row has too."""
+        sampler = self._sampler()
+        given = getattr(sampler, "rank", 0), getattr(sampler, "world_size", 1)
+        return given if given[1] > 1 else self._ranks.resolve()
 
     def _save(self, place: Position) -> dict[str, Any]:
         return plans.save(self._sampler(), self._open(), self._options, place)

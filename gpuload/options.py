@@ -88,6 +88,12 @@ class Options:
         """The sampler with its rank and world size of now: a process group may be initialised late."""
         return make_sampler(self.sampler, self.shuffle, self.shard_granularity, ranks, self.seed)
 
+    def in_common(self) -> dict[str, Any]:
+        """What is the same on all ranks that read this dataset together."""
+        sampler = None if self.sampler is None else type(self.sampler).__name__
+        words = ("batch_size", "columns", "samples", "shuffle", "shard_granularity", "seed", "drop_last")
+        return {"sampler": sampler, **{word: getattr(self, word) for word in words}}
+
     def table(self) -> dict[str, Any]:
         """The keywords of the table."""
         return {

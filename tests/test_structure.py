@@ -20,8 +20,8 @@ KERNELS = Path(gpuload.kernels.__file__)
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
 errors kernels device clock stages
-order order.philox order.permutation order.draws order.orders order.cut order.ranks order.state
-tables tables.malloc tables.fork tables.projection tables.lance tables.together
+order order.philox order.permutation order.draws order.orders order.cut order.ranks order.rank_store order.state
+tables tables.malloc tables.fork tables.reading tables.projection tables.lance tables.versions tables.together
 order.samplers order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu

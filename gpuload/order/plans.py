@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,9 +55,14 @@ def _reads(
     planned: Iterator[tuple[Rows, Ranges]], table: LanceTable, place: Position, options: Options
 ) -> Iterator[Read]:
     batches, again = itertools.tee(planned)
-    parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead))
-    for (rows, ranges), part in zip(batches, parts, strict=True):
-        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part)
+    stop = threading.Event()
+    parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead), stop=stop)
+    try:
+        for (rows, ranges), part in zip(batches, parts, strict=True):
+            yield Read(place.before + rows.step, table.positions(ranges), rows.real, part)
+    except GeneratorExit:  # nobody wants what a store that is away still owes
+        stop.set()
+        raise
 
 
 def save(sampler: Any, table: LanceTable, options: Options, place: Position) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lance
 import lance.sampler as lance_sampler
@@ -23,12 +23,15 @@ import pyarrow.compute as pc
 from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, ReadError
 from gpuload.order import Ranges, coalesce, expand
 from gpuload.order.permutation import Permutation
-from gpuload.tables import malloc, scattered
+from gpuload.tables import malloc, reading, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
+
+T = TypeVar("T")
+_LOOKED_AT = 1000  # fragments, for the one that is broken
 
 
 class LanceTable:
@@ -52,6 +55,8 @@ class LanceTable:
     ------
     ConfigError
         No such dataset, unknown column, a filter or expression that Lance refuses.
+    ReadError
+        What is stored cannot be read.
     ForkError
         In a process forked after Lance was in use.
     """
@@ -69,15 +74,17 @@ class LanceTable:
     ) -> None:
         check_fork()
         malloc.tune()
-        self.lance = _open(dataset, options or {})
+        self.lance = open_dataset(dataset, options or {})
         self.uri, self.version = str(self.lance.uri), int(self.lance.version)
+        self._limit = reading.limit(options)
         extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
         self._fields: list[Field] = project(self.lance, columns, extra)
         self.schema = pa.schema([pa.field(f.name, f.type) for f in self._fields], metadata=self.lance.schema.metadata)
         self._expressions = {f.name: f.expression for f in self._fields if not f.blob}
         self._plain = all(f.path for f in self._fields)
         self._roots = list(dict.fromkeys(f.path[0] for f in self._fields if f.path and not f.blob))
-        counts = [fragment.count_rows() for fragment in self.lance.get_fragments()]
+        counts = self._ask(lambda: [fragment.count_rows() for fragment in self.lance.get_fragments()])
+        self._ends = np.cumsum(counts, dtype=np.int64)  # i64[F] positions where the fragments end
         self._selected = self._select(filter, samples, seed, np.asarray(counts, np.int64))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if self._selected is not None:
@@ -102,8 +109,8 @@ class LanceTable:
         index = expand(ranges)
         if len(index) <= self._most_rows:
             try:
-                return self._read(ranges)
-            except (OSError, pa.ArrowInvalid) as error:
+                return self._ask(lambda: self._read(ranges), ranges)
+            except ReadError as error:
                 if "Offset overflow" not in str(error) or len(index) < 2:
                     raise
             self._most_rows = min(self._most_rows, len(index) // 2)
@@ -131,7 +138,7 @@ class LanceTable:
             name = self._cache.schema.names[names.index(column)]
             values = self._cache.to_table(columns=[name]).column(0)
         else:
-            values = self.lance.to_table(columns={"value": field.expression}).column(0)
+            values = self._ask(lambda: self.lance.to_table(columns={"value": field.expression})).column(0)
             values = values if self._selected is None else values.take(pa.array(self._selected))
         if values.null_count:
             first = int(np.flatnonzero(values.is_null().to_numpy())[0])
@@ -141,6 +148,40 @@ class LanceTable:
             )
         found: NDArray[Any] = values.to_numpy()
         return found
+
+    def _ask(self, call: Callable[[], T], ranges: Ranges | None = None) -> T:
+        """What Lance answers; what goes wrong as a `ReadError` with the rows at these indices."""
+
+        def rows() -> tuple[int, ...]:
+            return () if ranges is None else tuple(self.positions(ranges).tolist())
+
+        explain = lambda error: self._explain(error, rows())  # noqa: E731
+        return reading.patiently(call, self.uri, rows, limit=self._limit, explain=explain)
+
+    def _explain(self, error: BaseException, rows: tuple[int, ...]) -> tuple[str, str]:
+        """What is wrong and what to do: looks whether the version is still there, and for the fragment that fails."""
+        return reading.explained(error, self._broken(rows), self._gone(), self.version)
+
+    def _gone(self) -> bool:
+        """Whether this version was cleaned up. Its manifest goes with its files, and only then is it asked for."""
+        try:
+            return self.version not in {version["version"] for version in self.lance.versions()}
+        except (OSError, ValueError):
+            return False
+
+    def _broken(self, rows: tuple[int, ...]) -> str:
+        """The fragment among those of these rows, or all, of which no row can be read, and its files; "" without one."""
+        fragments = self.lance.get_fragments()
+        which = np.searchsorted(self._ends, rows, side="right") if rows else np.arange(len(fragments))
+        for f in np.unique(which)[:_LOOKED_AT].tolist():
+            try:
+                fragments[f].take([0], columns=self._roots or None)
+            except BaseException as error:  # a panic of Lance's is no Exception
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                names = ", ".join(f"data/{file.path}" for file in fragments[f].data_files())
+                return f"fragment {fragments[f].fragment_id} ({names})"
+        return ""
 
     def origin(self, column: str) -> str:
         """The stored column or the expression that an output column is; equal for two that are the same.
@@ -175,9 +216,7 @@ class LanceTable:
         Computed at the first call, 0.1 s for 1,500 fragments.
         """
         if self._fingerprint is None:
-            files = [file.path for fragment in self.lance.get_fragments() for file in fragment.data_files()]
-            text = f"{self.version}\n{chr(10).join(files)}"
-            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._fingerprint = digest(self.lance)
         return self._fingerprint
 
     def request(self) -> list[str] | dict[str, str]:
@@ -208,7 +247,7 @@ class LanceTable:
             first = self.lance.scanner(columns=[], filter=known, with_row_address=True, limit=1).to_table()
             blobs = self.lance.read_blobs(field.path[0], addresses=first["_rowaddr"].to_pylist()) if len(first) else []
             return pa.scalar(blobs[0][1], pa.large_binary()) if blobs else None
-        rest = self.lance.to_table(columns={name: field.expression}, filter=known, limit=1)
+        rest = self._ask(lambda: self.lance.to_table(columns={name: field.expression}, filter=known, limit=1))
         return rest.column(0)[0] if len(rest) else None
 
     @property
@@ -254,11 +293,16 @@ class LanceTable:
 
     def _matching(self, filter: str, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the rows that match, from their addresses: (fragment id << 32) + offset before deletions."""
-        try:
-            scan = self.lance.scanner(columns=[], filter=filter, with_row_address=True).to_table()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"Lance refused filter={filter!r}: {_first_line(error)}") from error
-        address = np.sort(scan.column("_rowaddr").to_numpy().astype(np.int64))
+
+        def scan() -> pa.Table:
+            try:
+                return self.lance.scanner(columns=[], filter=filter, with_row_address=True).to_table()
+            except (OSError, ValueError) as error:
+                if reading.is_trouble(error):
+                    raise
+                raise ConfigError(f"Lance refused filter={filter!r}: {reading.words(error)}") from error
+
+        address = np.sort(self._ask(scan).column("_rowaddr").to_numpy().astype(np.int64))
         fragments = self.lance.get_fragments()
         ids = np.array([fragment.fragment_id for fragment in fragments], np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if len(counts) else counts
@@ -295,20 +339,58 @@ def _rows(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -> pa
     return (take_rows if scattered(ranges) else scan_runs)(dataset, columns, ranges)
 
 
-def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
+def digest(dataset: lance.LanceDataset) -> str:
+    """Names the rows of a version wherever it is stored: of its number and its data files."""
+    files = [file.path for fragment in dataset.get_fragments() for file in fragment.data_files()]
+    text = f"{dataset.version}\n{chr(10).join(files)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_dataset(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
+    """What the user named, opened; an opened dataset as it is.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or not this version of it.
+    """
     if isinstance(dataset, lance.LanceDataset):
         return dataset
     if not isinstance(dataset, (str, Path)):
         raise ConfigError(f"Expected a URI, a path or a lance.LanceDataset, got {type(dataset).__name__}.")
+    uri = str(dataset)
+
+    def opened() -> lance.LanceDataset:
+        try:
+            return lance.dataset(dataset, **reading.with_client(uri, options))
+        except (OSError, ValueError) as error:
+            if reading.is_remote(uri) and reading.is_trouble(error) and "not found" not in str(error).lower():
+                raise
+            raise ConfigError(
+                f"Expected a Lance dataset at {uri!r}, got: {reading.words(error)}.{_other(dataset, options, error)}"
+            ) from error
+
+    return reading.patiently(opened, uri, limit=reading.limit(options))
+
+
+def _other(dataset: str | Path, options: dict[str, Any], error: Exception) -> str:
+    """What to do where it is only another version that was wanted, with a space before it."""
+    if "storage version" in str(error):
+        return f" It is newer than pylance {lance.__version__}: upgrade pylance."
+    version = options.get("version")
+    if version is None:
+        return ""
     try:
-        return lance.dataset(dataset, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Lance's own words without the place in its source code."""
-    return str(error).splitlines()[0].split(", /")[0] if str(error) else type(error).__name__
+        latest = lance.dataset(dataset, **{**options, "version": None})
+        there = [found["version"] for found in latest.versions()]
+    except (OSError, ValueError):
+        return ""
+    if isinstance(version, str):
+        return f" Its tags are {sorted(latest.tags.list())}."
+    return (
+        f" Version {version} was cleaned up or never written; there are {there[0]} to {there[-1]}. Tags keep a version "
+        f"from being cleaned up: lance.dataset(uri).tags.create('training', {version})."
+    )
 
 
 LanceSampler = lance_sampler.Sampler
