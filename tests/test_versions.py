@@ -1,4 +1,4 @@
-"""One version everywhere: whatever a writer does meanwhile, ranks and workers read what rank 0 and their parent read."""
+"""One version everywhere: whatever a writer does, ranks and workers read what rank 0 and their parent read."""
 
 from __future__ import annotations
 
@@ -370,7 +370,7 @@ def test_workers_read_one_version_though_their_parent_had_not_opened_it(
     ("context", "how"),
     [
         ("fork", "group"),
-        ("spawn", "launcher"),
+        pytest.param("spawn", "launcher", marks=pytest.mark.slow),
         pytest.param("fork", "launcher", marks=pytest.mark.slow),
         pytest.param("spawn", "group", marks=pytest.mark.slow),
     ],

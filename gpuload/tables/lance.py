@@ -170,7 +170,7 @@ class LanceTable:
             return False
 
     def _broken(self, rows: tuple[int, ...]) -> str:
-        """The fragment among those of these rows, or all, of which no row can be read, and its files; "" without one."""
+        """The fragment, among those of these rows or all, of which no row can be read, with its files; else empty."""
         fragments = self.lance.get_fragments()
         which = np.searchsorted(self._ends, rows, side="right") if rows else np.arange(len(fragments))
         for f in np.unique(which)[:_LOOKED_AT].tolist():

@@ -167,7 +167,7 @@ class OneVersion:
         if here != dict(leader):
             raise VersionError(
                 f"Expected {self._uri!r} as rank 0 has it, version {leader['version']} ({leader['fingerprint']}), got "
-                f"version {here['version']} ({here['fingerprint']}) on rank {rank}. All ranks must read the same files: "
+                f"version {here['version']} ({here['fingerprint']}) on rank {rank}. Ranks must read the same files: "
                 "one shared dataset or exact copies, at one version."
             )
 
@@ -182,8 +182,8 @@ class OneVersion:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread of one process at a time, among those that share this. A name that only one socket can have is a
-        lock that needs no file and no inheritance, and that ends with its process."""
+        """One thread of one process at a time, among those that share this. A name that only one socket can have is
+        a lock that needs no file and no inheritance, and that ends with its process."""
         if sys.platform != "linux":
             yield
             return
