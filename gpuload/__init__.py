@@ -11,9 +11,11 @@ from gpuload.errors import (
     DeviceError,
     ForkError,
     GpuloadError,
+    ReadError,
     RowError,
     StateError,
     TextError,
+    VersionError,
 )
 from gpuload.fields.boxes import Boxes
 from gpuload.fields.mask import Mask
@@ -47,6 +49,7 @@ __all__ = [
     "Mask",
     "Mix",
     "Ragged",
+    "ReadError",
     "RowError",
     "ShardedBatchSampler",
     "ShardedFragmentSampler",
@@ -54,5 +57,6 @@ __all__ = [
     "StateError",
     "Text",
     "TextError",
+    "VersionError",
     "WeightedSampler",
 ]

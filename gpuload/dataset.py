@@ -201,7 +201,9 @@ class LanceDataset(IterableDataset[Batch]):
             buckets=buckets,
         )
         self._ranks, self._epochs = self._options.ranks(), Epochs(sampler)
+        self._versions = self._options.versions()
         self._source: LanceTable | MixTable | None = None
+        self._read: dict[str, int] = {}  # version of each source that was opened
         self._decoder: Decoder | None = None
         self._begun: list[weakref.ref[Batches]] = []
         self._images: dict[str, int] = {}  # decoded by decoders that were closed
@@ -428,6 +430,8 @@ class LanceDataset(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a DataLoader worker: the cache filled here; threads and decoders stay behind."""
         self._fill_cache()
+        if any(each.needs_parent(self._place()[1]) for each in self._versions.values()):
+            self._open()
         left = ("_columns", "_decoder", "_begun", "_clocks", "_counts", "_images", "_before", "_bad_rows")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
@@ -453,9 +457,12 @@ class LanceDataset(IterableDataset[Batch]):
     def _open(self) -> LanceTable | MixTable:
         """The source, opened and its columns resolved on first use."""
         check_fork()
-        options = self._options
-        if self._source is None:
-            self._source = options.open()
+        options, place = self._options, self._place()
+        if self._source is None or any(each.due(place[1]) for each in self._versions.values()):
+            opened = {name: each.open(*place) for name, each in self._versions.items()}
+            if self._source is None or any(int(opened[name].version) != n for name, n in self._read.items()):
+                self._source, self._columns = options.open(opened), []
+                self._read = {name: int(each.version) for name, each in opened.items()}
             if not self._source.rows and (options.filter is not None or options.split is not None):
                 words = {"filter": options.filter, "split": options.split}
                 given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
@@ -463,6 +470,12 @@ class LanceDataset(IterableDataset[Batch]):
         if not self._columns:
             self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
         return self._source
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world size) among those who must read one version, which a sampler for every row has too."""
+        sampler = self._sampler()
+        given = getattr(sampler, "rank", 0), getattr(sampler, "world_size", 1)
+        return given if given[1] > 1 else self._ranks.resolve()
 
     def _save(self, place: Position) -> dict[str, Any]:
         return plans.save(self._sampler(), self._open(), self._options, place)

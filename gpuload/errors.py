@@ -5,6 +5,8 @@ GpuloadError
 ├── DeviceError (RuntimeError)     a device, decoder or package was asked for that this machine lacks
 ├── ForkError (RuntimeError)       a forked process would use Lance, which cannot survive a fork
 ├── StateError (ValueError)        a saved position that does not belong to this dataset
+├── ReadError (OSError, RuntimeError)  stored rows that cannot be read: .uri, .rows, .cause, .waited
+├── VersionError (RuntimeError)    the ranks of a job cannot have one version of a dataset
 └── RowError (ValueError)          one row that cannot become tensors: .row, .column, .cause
     ├── DecodeError                its image
     └── TextError                  its text
@@ -39,6 +41,39 @@ class StateError(GpuloadError, ValueError):
     def __init__(self, message: str, field: str = "", saved: object = None, here: object = None) -> None:
         super().__init__(message)
         self.field, self.saved, self.here = field, saved, here
+
+
+class ReadError(GpuloadError, OSError, RuntimeError):
+    """Stored rows that cannot be read: a file is missing or damaged, a version is gone, a store is away.
+
+    Attributes
+    ----------
+    cause : str
+        What was expected and what was there, with the file.
+    uri : str
+    rows : tuple of int
+        Positions that were to be read; empty where it was something else.
+    waited : float
+        Seconds of trying again, 0 for what another try would not change.
+    """
+
+    def __init__(
+        self, cause: str, uri: str = "", rows: tuple[int, ...] = (), hint: str = "", waited: float = 0.0
+    ) -> None:
+        self.cause, self.uri, self.rows, self.hint, self.waited = cause, uri, rows, hint, waited
+        which = f"{_few(rows)} of " if rows else ""
+        super().__init__(f"{cause} - reading {which}{uri}.{' ' + hint if hint else ''}")
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, tuple[int, ...], str, float]]:
+        return type(self), (self.cause, self.uri, self.rows, self.hint, self.waited)
+
+    def at(self, rows: tuple[int, ...]) -> ReadError:
+        """The same error for other rows: those of one batch among several that were read together."""
+        return type(self)(self.cause, self.uri, rows, self.hint, self.waited)
+
+
+class VersionError(GpuloadError, RuntimeError):
+    """The ranks of a job cannot have one version of a dataset: rank 0 did not come, or has other files."""
 
 
 class RowError(GpuloadError, ValueError):
@@ -78,6 +113,11 @@ class TextError(RowError):
 
 class BadRowWarning(UserWarning):
     """A row cannot become tensors, and ``on_error`` goes on without it. The first of a dataset, once."""
+
+
+def _few(rows: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:4]))
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}{f', ... ({len(rows)})' if len(rows) > 4 else ''}"
 
 
 def expect(ok: bool, what: str, got: object) -> None:

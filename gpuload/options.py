@@ -24,7 +24,8 @@ from gpuload.order.samplers import PlanSampler
 from gpuload.order.split import make_split
 from gpuload.pipeline import ON_ERROR
 from gpuload.tables.lance import LanceTable
-from gpuload.tables.mix import Mix, MixTable
+from gpuload.tables.mix import Mix, MixTable, own_options
+from gpuload.tables.versions import OneVersion
 
 NOT_GIVEN: Any = ...  # to_tensor_fn was not given; a singleton also after pickling
 
@@ -161,9 +162,27 @@ class Options:
             return mix_sampler(self.dataset, *words, self.samples, ranks, self.seed, BLOCK)
         return make_sampler(*words, ranks, self.seed)
 
-    def open(self) -> LanceTable | MixTable:
-        """The rows."""
-        return (MixTable if isinstance(self.dataset, Mix) else LanceTable)(self.dataset, **self.table())
+    def versions(self) -> dict[str, OneVersion]:
+        """Which version each of the sources has on all ranks; of one dataset under the name ""."""
+        options, words = self.dataset_options or {}, self.in_common()
+        if not isinstance(self.dataset, Mix):
+            return {"": OneVersion(self.dataset, options, words)}
+        return {
+            name: OneVersion(source["uri"], {**options, **own_options(source)}, {**words, "source": name})
+            for name, source in self.dataset.sources.items()
+        }
+
+    def open(self, opened: Mapping[str, Any]) -> LanceTable | MixTable:
+        """The rows of what was opened by the names of `versions`."""
+        if isinstance(self.dataset, Mix):
+            return MixTable(self.dataset, opened, **self.table())
+        return LanceTable(opened[""], **self.table())
+
+    def in_common(self) -> dict[str, Any]:
+        """What is the same on all ranks that read this dataset together."""
+        sampler = None if self.sampler is None else type(self.sampler).__name__
+        words = ("batch_size", "columns", "samples", "shuffle", "shard_granularity", "seed", "drop_last")
+        return {"sampler": sampler, **{word: getattr(self, word) for word in words}}
 
     def table(self) -> dict[str, Any]:
         """The keywords of the table."""

@@ -97,11 +97,12 @@ class ordered_map(Generic[T, R], Iterator[R]):
         if not self._closed:
             self._closed = True
             self._clock.stop()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._pending.clear()
         close = getattr(self._items, "close", None)
         if close is not None:
-            close()
+            close()  # first, so that what still runs may hear of it
+        self._pool.shutdown(wait=True)
 
     def _fill(self, wait: bool = True) -> None:
         ready = getattr(self._items, "ready", None)

@@ -74,6 +74,13 @@ def test_raw_reading(settings: Any, case: str) -> None:
     assert sum(load("bench_read").CASES[case](settings)()) == _ROWS
 
 
+@pytest.mark.parametrize(
+    "case", ["8 B, 10 fragments: shuffle=row", "1 KB, 100 fragments: shuffle=block", "100 KB, 1 fragments: in order"]
+)
+def test_fragments_and_row_sizes(settings: Any, case: str) -> None:
+    assert sum(load("bench_fragments").CASES[case](settings)()) >= _ROWS
+
+
 @pytest.mark.parametrize("how", ["take", "take_scan"])
 def test_runs_of_rows(settings: Any, how: str) -> None:
     assert sum(load("bench_runs").CASES[f"4 rows a run: {how}"](settings)()) == _ROWS

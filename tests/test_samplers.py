@@ -274,6 +274,7 @@ def ids_of(dataset: Any, filter: str | None = None) -> list[int]:
 FILTERS = st.sampled_from([None, "id % 3 = 0", "id >= 13 AND id < 20", "meta.size < 60", "id > 1000"])
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer fragments than there are ranks")
 @pytest.mark.filterwarnings("ignore:No row matches")
 @settings(deadline=None, max_examples=60)
 @given(
@@ -309,6 +310,7 @@ def test_ranks_read_each_row_once_from_disk(
         assert sorted(seen) == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer fragments than there are ranks")
 @settings(deadline=None, max_examples=20)
 @given(
     fragments=st.lists(st.integers(1, 12), min_size=1, max_size=4),
@@ -676,3 +678,14 @@ def test_a_subclass_of_a_stock_sampler_reads_as_its_author_wrote_it(uneven: Any)
 def test_a_sampler_that_cannot_give_row_ids_is_named(uneven: Any) -> None:
     with pytest.raises(ValueError, match=r"none named \['_rowid'\]"):
         list(LanceDataset(uneven, 16, columns=["id"], sampler=Renamed(0, 1), with_row_id=True))
+
+
+def test_more_ranks_than_fragments_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.lance"
+    write(path, [5, 6])
+    words: dict[str, Any] = {"columns": ["id"], "shard_granularity": "fragment", "world_size": 3, "device": "cpu"}
+    with pytest.warns(UserWarning, match=r"rows\.lance has fewer fragments than .* 2 for 3.*ShardedBatchSampler"):
+        assert len(LanceDataset(str(path), 4, rank=2, **words)) == 2
+    dataset = LanceDataset(str(path), 4, rank=2, **words)
+    assert len(list(dataset)) == 2  # a second warning would be an error here
+    assert len(LanceDataset(str(path), 4, rank=0, **{**words, "world_size": 2})) == 2

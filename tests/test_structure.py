@@ -20,8 +20,10 @@ KERNELS = Path(gpuload.kernels.__file__)
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
 errors badrows frameworks kernels device clock stages
-order order.philox order.permutation order.draws order.split order.orders order.cut order.ranks order.state
-tables tables.malloc tables.fork tables.projection tables.lance tables.mix tables.together
+order order.philox order.permutation order.draws order.split order.orders order.cut order.ranks order.rank_store
+order.state
+tables tables.malloc tables.fork tables.reading tables.projection tables.lance tables.mix tables.versions
+tables.together
 order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
 images.augment images.header_sizes order.buckets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,28 @@ def test_outputs_of_one_column_are_recognised(rows: Any) -> None:
     assert LanceTable(rows, ["prompt"]).origin("prompt") == "prompt"
     with pytest.raises(ConfigError, match="Did you mean 'local'"):
         table.origin("locla")
+
+
+# -- numbers in random order ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"filter": "id % 3 = 0"}, {"columns": {"id": "id", "twice": "id * 2"}}], ids=str
+)
+def test_numbers_in_random_order_are_read_once(store: Store, options: Any, takes: list[int]) -> None:
+    """Every row once, in both epochs, with far fewer calls of Lance than batches."""
+    path = store({"id": range(40_000), "x": np.arange(80_000, dtype=np.float32)[::2]}, max_rows_per_file=4000)
+    words = {"columns": ["id", "x"], "device": "cpu", **options}
+    dataset = LanceDataset(path, 100, shuffle=True, **words)
+    expected = [i for i in range(40_000) if "filter" not in options or i % 3 == 0]
+    for _ in range(2):
+        batches = list(dataset)
+        assert sorted(i for batch in batches for i in batch["id"].tolist()) == expected
+        for batch in batches[::50]:
+            other = batch["twice"] if "columns" in options else batch["x"]
+            assert other.tolist() == [2 * i for i in batch["id"].tolist()]
+    assert len(takes) < len(batches) / 2
+    assert pickle.loads(pickle.dumps(LanceTable(path, ["id"]))).rows == 40_000
 
 
 # -- identity ------------------------------------------------------------------------------------------------------

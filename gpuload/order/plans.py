@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,10 +56,15 @@ def reads(sampler: Any, table: Table, options: Options, place: Position) -> tupl
 
 def _reads(planned: Iterator[tuple[Rows, Ranges]], table: Table, place: Position, options: Options) -> Iterator[Read]:
     batches, again = itertools.tee(planned)
-    parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead))
-    for (rows, ranges), part in zip(batches, parts, strict=True):
-        part = part if rows.size is None else functools.partial(_sized, part, rows.size)
-        yield Read(place.before + rows.step, table.positions(ranges), rows.real, part, rows.place, rows.source)
+    stop = threading.Event()
+    parts = read_together(table, (ranges for _, ranges in again), min(AT_ONCE, options.batch_readahead), stop=stop)
+    try:
+        for (rows, ranges), part in zip(batches, parts, strict=True):
+            part = part if rows.size is None else functools.partial(_sized, part, rows.size)
+            yield Read(place.before + rows.step, table.positions(ranges), rows.real, part, rows.place, rows.source)
+    except GeneratorExit:  # nobody wants what a store that is away still owes
+        stop.set()
+        raise
 
 
 def _sized(part: Callable[[], Selection], size: tuple[int, int]) -> Selection:

@@ -7,6 +7,7 @@ look-up and no thread can change an order.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator
 from typing import Any, ClassVar, TypeVar
 
@@ -146,6 +147,9 @@ class FullScanSampler(PlanSampler):
         return "FullScanSampler()"
 
 
+_said: set[tuple[str, int]] = set()  # datasets and world sizes of which it was said that fragments are too few
+
+
 class ShardedFragmentSampler(_FromTorch):
     """Whole fragments: rank r reads ``fragments[r::world_size]``, one after the other.
 
@@ -176,6 +180,18 @@ class ShardedFragmentSampler(_FromTorch):
         totals = [int(fragments[share].sum()) for share in self._shares(len(fragments))]
         order = self.order(rows, fragments, batch_size)
         return FixedSize(order, batch_size, drop_last=drop_last, start=start, shortest=min(totals), longest=max(totals))
+
+    def cut(self, table: Table, batch_size: int, *, drop_last: bool = False, start: int = 0) -> Cut:
+        """Also says, once for each dataset, that there are ranks without any fragment."""
+        if table.rows and len(table.fragments) < self.world_size and (table.uri, self.world_size) not in _said:
+            _said.add((table.uri, self.world_size))
+            warnings.warn(
+                f"{table.uri} has fewer fragments than there are ranks, {len(table.fragments)} for {self.world_size}: "
+                "ranks without one train on one row over and over, with valid=False. Leave shard_granularity out, or "
+                "use ShardedBatchSampler.",
+                stacklevel=2,
+            )
+        return super().cut(table, batch_size, drop_last=drop_last, start=start)
 
     def _shares(self, count: int) -> list[NDArray[np.int64]]:
         """The fragments of each rank, by their numbers."""

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lance
 import lance.sampler as lance_sampler
@@ -24,15 +25,19 @@ import pyarrow.compute as pc
 from lance.hf import HuggingFaceConverter
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, ReadError
 from gpuload.order import Ranges, coalesce, expand
 from gpuload.order.permutation import Permutation
 from gpuload.order.split import Split, keep_in, positions_in
-from gpuload.tables import malloc, scattered
+from gpuload.tables import malloc, reading, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
 
+T = TypeVar("T")
 _LOOK = 16  # values that tell what a binary column holds: some MB of photos
+_KEEP_ROWS = 10_000  # in smaller tables it makes no difference
+_KEEP_BYTES = 64 << 20  # of a table of numbers alone
+_LOOKED_AT = 1000  # fragments, for the one that is broken
 
 
 class LanceTable:
@@ -60,6 +65,8 @@ class LanceTable:
     ------
     ConfigError
         No such dataset, unknown column, a filter or expression that Lance refuses.
+    ReadError
+        What is stored cannot be read.
     ForkError
         In a process forked after Lance was in use.
     """
@@ -79,8 +86,9 @@ class LanceTable:
     ) -> None:
         check_fork()
         malloc.tune()
-        self.lance = _open(dataset, options or {})
+        self.lance = open_dataset(dataset, options or {})
         self.uri, self.version = str(self.lance.uri), int(self.lance.version)
+        self._limit = reading.limit(options)
         extra = ["_rowid"] * with_row_id + ["_rowaddr"] * with_row_address
         fields = project(self.lance, columns, extra)
         self.asked = pa.schema([pa.field(f.name, f.type) for f in fields], metadata=self.lance.schema.metadata)
@@ -89,7 +97,8 @@ class LanceTable:
             others = [f for f in fields if not f.blob and f.name != "_rowid"]
             fields = others + project(self.lance, [], ["_rowid"])
         self._choose(fields)
-        counts = [fragment.count_rows() for fragment in self.lance.get_fragments()]
+        counts = self._ask(lambda: [fragment.count_rows() for fragment in self.lance.get_fragments()])
+        self._ends = np.cumsum(counts, dtype=np.int64)  # i64[F] positions where the fragments end
         self.stored = sum(counts)  # rows before the filter, the split and the sample
         self._split = split
         self._selected = self._select(filter, samples, seed, np.asarray(counts, np.int64))
@@ -98,9 +107,21 @@ class LanceTable:
             starts = np.searchsorted(self._selected, starts).astype(np.int64)
         self.fragments: NDArray[np.int64] = np.diff(starts)  # rows left in each fragment
         self.rows = int(starts[-1])
+        widths = [_width(field.type) for field in self._fields]
+        fits = None not in widths and self.rows * sum(width or 0 for width in widths) <= _KEEP_BYTES
+        self._may_keep = fits and self.rows >= _KEEP_ROWS
         self._cache: lance.LanceDataset | None = None
         self._fingerprint: str | None = None
+        self._kept: pa.Table | None = None  # all rows, where they are small and asked for in random order
+        self._keep_lock, self._scattered = threading.Lock(), 0  # rows that were read in random order
         self._most_rows = sys.maxsize  # of a read; fewer once so many overflowed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a DataLoader worker, which keeps rows of its own."""
+        return {**self.__dict__, "_kept": None, "_keep_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _keep_lock=threading.Lock())
 
     def positions(self, ranges: Ranges) -> NDArray[np.int64]:
         """Positions in the dataset of the rows at these indices, in order: i64[sum of lengths]."""
@@ -114,10 +135,13 @@ class LanceTable:
         joining them would copy every image. What passes the 2 GiB that a chunk of ``binary`` can hold is read in parts.
         """
         index = expand(ranges)
+        kept = self._kept_rows(index)
+        if kept is not None:
+            return kept.take(pa.array(index))
         if len(index) <= self._most_rows:
             try:
-                return self._read(ranges)
-            except (OSError, pa.ArrowInvalid) as error:
+                return self._ask(lambda: self._read(ranges), ranges)
+            except ReadError as error:
                 if "Offset overflow" not in str(error) or len(index) < 2:
                     raise
             self._most_rows = min(self._most_rows, len(index) // 2)
@@ -131,6 +155,18 @@ class LanceTable:
             return {}
         ids = table.column("_rowid").to_pylist()
         return {field.name: self.lance.take_blobs(field.path[0], ids=ids) for field in self._opened}
+
+    def _kept_rows(self, index: NDArray[np.int64]) -> pa.Table | None:
+        """All rows, where they are in memory: numbers that fit are read once, in order, when a sixteenth of them was
+        asked for in another one, which costs Lance 28 times as much (80 thousand against 2.2 million rows/s)."""
+        if not self._may_keep or bool((np.diff(index) == 1).all()):
+            return None
+        with self._keep_lock:
+            self._scattered += len(index)
+            if self._kept is None and self._scattered * 16 >= self.rows:
+                whole = np.array([[0, self.rows]])
+                self._kept = self._ask(lambda: self._read(whole), whole).combine_chunks()
+        return self._kept
 
     def small(self, column: str) -> NDArray[Any]:
         """The values of a column for all rows that are used, in order: its own dtype, [rows].
@@ -152,7 +188,7 @@ class LanceTable:
             name = self._cache.schema.names[names.index(column)]
             values = self._cache.to_table(columns=[name]).column(0)
         else:
-            values = self.lance.to_table(columns={"value": field.expression}).column(0)
+            values = self._ask(lambda: self.lance.to_table(columns={"value": field.expression})).column(0)
             values = values if self._selected is None else values.take(pa.array(self._selected))
         if values.null_count:
             first = int(np.flatnonzero(values.is_null().to_numpy())[0])
@@ -167,8 +203,42 @@ class LanceTable:
         """The same rows with other columns, each named as `small` takes it; read from where the dataset is stored."""
         found = copy.copy(self)
         found._choose([self._field(column) for column in columns])
-        found._cache = None
+        found._cache, found._kept, found._may_keep = None, None, False
         return found
+
+    def _ask(self, call: Callable[[], T], ranges: Ranges | None = None) -> T:
+        """What Lance answers; what goes wrong as a `ReadError` with the rows at these indices."""
+
+        def rows() -> tuple[int, ...]:
+            return () if ranges is None else tuple(self.positions(ranges).tolist())
+
+        explain = lambda error: self._explain(error, rows())  # noqa: E731
+        return reading.patiently(call, self.uri, rows, limit=self._limit, explain=explain)
+
+    def _explain(self, error: BaseException, rows: tuple[int, ...]) -> tuple[str, str]:
+        """What is wrong and what to do: looks whether the version is still there, and for the fragment that fails."""
+        return reading.explained(error, self._broken(rows), self._gone(), self.version)
+
+    def _gone(self) -> bool:
+        """Whether this version was cleaned up. Its manifest goes with its files, and only then is it asked for."""
+        try:
+            return self.version not in {version["version"] for version in self.lance.versions()}
+        except (OSError, ValueError):
+            return False
+
+    def _broken(self, rows: tuple[int, ...]) -> str:
+        """The fragment, among those of these rows or all, of which no row can be read, with its files; else empty."""
+        fragments = self.lance.get_fragments()
+        which = np.searchsorted(self._ends, rows, side="right") if rows else np.arange(len(fragments))
+        for f in np.unique(which)[:_LOOKED_AT].tolist():
+            try:
+                fragments[f].take([0], columns=self._roots or None)
+            except BaseException as error:  # a panic of Lance's is no Exception
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                names = ", ".join(f"data/{file.path}" for file in fragments[f].data_files())
+                return f"fragment {fragments[f].fragment_id} ({names})"
+        return ""
 
     def origin(self, column: str) -> str:
         """The stored column or the expression that an output column is; equal for two that are the same.
@@ -216,10 +286,9 @@ class LanceTable:
         Computed at the first call, 0.1 s for 1,500 fragments.
         """
         if self._fingerprint is None:
-            files = [file.path for fragment in self.lance.get_fragments() for file in fragment.data_files()]
-            split = [] if self._split is None else [f"split {self._split}"]
-            text = "\n".join([str(self.version), *files, *split])
-            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+            split = "" if self._split is None else f"\nsplit {self._split}"
+            found = digest(self.lance)
+            self._fingerprint = hashlib.sha256(f"{found}{split}".encode()).hexdigest()[:16] if split else found
         return self._fingerprint
 
     def request(self) -> list[str] | dict[str, str]:
@@ -265,7 +334,8 @@ class LanceTable:
             first = self.lance.scanner(columns=[], filter=known, with_row_address=True, limit=_LOOK).to_table()
             blobs = self.lance.read_blobs(field.path[0], addresses=first["_rowaddr"].to_pylist()) if len(first) else []
             return [pa.scalar(value, pa.large_binary()) for _, value in blobs]
-        return list(self.lance.to_table(columns={field.name: field.expression}, filter=known, limit=_LOOK).column(0))
+        columns = {field.name: field.expression}
+        return list(self._ask(lambda: self.lance.to_table(columns=columns, filter=known, limit=_LOOK)).column(0))
 
     @property
     def cached(self) -> bool:
@@ -315,11 +385,16 @@ class LanceTable:
 
     def _matching(self, filter: str, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the rows that match, from their addresses: (fragment id << 32) + offset before deletions."""
-        try:
-            scan = self.lance.scanner(columns=[], filter=filter, with_row_address=True).to_table()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"Lance refused filter={filter!r}: {_first_line(error)}") from error
-        address = np.sort(scan.column("_rowaddr").to_numpy().astype(np.int64))
+
+        def scan() -> pa.Table:
+            try:
+                return self.lance.scanner(columns=[], filter=filter, with_row_address=True).to_table()
+            except (OSError, ValueError) as error:
+                if reading.is_trouble(error):
+                    raise
+                raise ConfigError(f"Lance refused filter={filter!r}: {reading.words(error)}") from error
+
+        address = np.sort(self._ask(scan).column("_rowaddr").to_numpy().astype(np.int64))
         fragments = self.lance.get_fragments()
         ids = np.array([fragment.fragment_id for fragment in fragments], np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if len(counts) else counts
@@ -332,6 +407,14 @@ class LanceTable:
                 here = which == f
                 offset[here] = np.searchsorted(np.sort(live.to_numpy().astype(np.int64)), address[here])
         return np.sort(np.asarray(starts[which] + offset, np.int64))
+
+
+def _width(kind: pa.DataType) -> int | None:
+    """Bytes of a value; None where they are not the same for all, or not numbers."""
+    if pa.types.is_fixed_size_list(kind):
+        inner = _width(kind.value_type)
+        return None if inner is None else inner * kind.list_size
+    return max(1, kind.bit_width // 8) if pa.types.is_primitive(kind) else None
 
 
 def take_rows(dataset: lance.LanceDataset, columns: list[str] | dict[str, str], ranges: Ranges) -> pa.Table:
@@ -356,20 +439,58 @@ def _rows(dataset: lance.LanceDataset, columns: list[str], ranges: Ranges) -> pa
     return (take_rows if scattered(ranges) else scan_runs)(dataset, columns, ranges)
 
 
-def _open(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
+def digest(dataset: lance.LanceDataset) -> str:
+    """Names the rows of a version wherever it is stored: of its number and its data files."""
+    files = [file.path for fragment in dataset.get_fragments() for file in fragment.data_files()]
+    text = f"{dataset.version}\n{chr(10).join(files)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_dataset(dataset: str | Path | lance.LanceDataset, options: dict[str, Any]) -> lance.LanceDataset:
+    """What the user named, opened; an opened dataset as it is.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or not this version of it.
+    """
     if isinstance(dataset, lance.LanceDataset):
         return dataset
     if not isinstance(dataset, (str, Path)):
         raise ConfigError(f"Expected a URI, a path or a lance.LanceDataset, got {type(dataset).__name__}.")
+    uri = os.path.expanduser(str(dataset))
+
+    def opened() -> lance.LanceDataset:
+        try:
+            return lance.dataset(uri, **reading.with_client(uri, options))
+        except (OSError, ValueError) as error:
+            if reading.is_remote(uri) and reading.is_trouble(error) and "not found" not in str(error).lower():
+                raise
+            raise ConfigError(
+                f"Expected a Lance dataset at {uri!r}, got: {reading.words(error)}.{_other(dataset, options, error)}"
+            ) from error
+
+    return reading.patiently(opened, uri, limit=reading.limit(options))
+
+
+def _other(dataset: str | Path, options: dict[str, Any], error: Exception) -> str:
+    """What to do where it is only another version that was wanted, with a space before it."""
+    if "storage version" in str(error):
+        return f" It is newer than pylance {lance.__version__}: upgrade pylance."
+    version = options.get("version")
+    if version is None:
+        return ""
     try:
-        return lance.dataset(os.path.expanduser(dataset), **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Expected a Lance dataset at {str(dataset)!r}, got: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Lance's own words without the place in its source code."""
-    return str(error).splitlines()[0].split(", /")[0] if str(error) else type(error).__name__
+        latest = lance.dataset(dataset, **{**options, "version": None})
+        there = [found["version"] for found in latest.versions()]
+    except (OSError, ValueError):
+        return ""
+    if isinstance(version, str):
+        return f" Its tags are {sorted(latest.tags.list())}."
+    return (
+        f" Version {version} was cleaned up or never written; there are {there[0]} to {there[-1]}. Tags keep a version "
+        f"from being cleaned up: lance.dataset(uri).tags.create('training', {version})."
+    )
 
 
 LanceSampler = lance_sampler.Sampler

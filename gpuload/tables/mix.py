@@ -98,6 +98,8 @@ class MixTable:
     Parameters
     ----------
     mix : Mix
+    opened : dict of str to lance.LanceDataset, optional
+        Sources that are open already, at the version that all ranks have.
     columns : list of str or dict of str to str, optional
         Of the columns that the sources have in common; all by default.
     filter : str, optional
@@ -118,6 +120,7 @@ class MixTable:
     def __init__(
         self,
         mix: Mix,
+        opened: Mapping[str, Any] | None = None,
         columns: Sequence[str] | dict[str, str] | None = None,
         filter: str | None = None,
         options: Mapping[str, Any] | None = None,
@@ -127,7 +130,8 @@ class MixTable:
             raise ConfigError(f"Expected the version of each source in the Mix, got dataset_options={options!r}.")
         self.mix, words = mix, {**words, "open_blobs": False}
         self._tables = {
-            name: _open(name, source, columns, filter, options or {}, words) for name, source in mix.sources.items()
+            name: _open(name, source, (opened or {}).get(name), columns, filter, options or {}, words)
+            for name, source in mix.sources.items()
         }
         first = next(iter(self._tables.values()))
         self.schema: pa.Schema = first.schema
@@ -242,23 +246,28 @@ def _runs(which: NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(lo, hi) for lo, hi in itertools.pairwise(ends) if lo < hi]
 
 
+def own_options(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of ``lance.dataset`` that a source of a `Mix` has of its own."""
+    return {word: source[word] for word in ("version", "storage_options") if source.get(word) is not None}
+
+
 def _open(
     name: str,
     source: Mapping[str, Any],
+    dataset: Any,
     columns: Sequence[str] | dict[str, str] | None,
     filter: str | None,
     options: Mapping[str, Any],
     words: Mapping[str, Any],
 ) -> LanceTable:
-    own = {word: source[word] for word in ("version", "storage_options") if source.get(word) is not None}
     both = [f"({text})" for text in (source.get("filter"), filter) if text is not None]
     opened = isinstance(source["uri"], (str, Path))
     try:
         return LanceTable(
-            source["uri"],
+            source["uri"] if dataset is None else dataset,
             _columns(source.get("columns"), columns),
             " AND ".join(both) or None,
-            options={**options, **own} if opened else None,
+            options={**options, **own_options(source)} if opened else None,
             **words,
         )
     except ConfigError as error:

@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gpuload.errors import ReadError
 from gpuload.order import Ranges, coalesce, expand
 from gpuload.tables import Selection, Table, scattered, size
+from gpuload.tables.reading import until
 
 AT_ONCE = 2  # batches of a read; they stay in memory until the last of them is done with
 MOST_BYTES = 64 << 20  # of a read of several; in one batch as large, what a call costs is nothing beside its bytes
@@ -44,7 +46,11 @@ def read_many(table: Table, batches: Sequence[Ranges]) -> tuple[pa.Table, list[N
 
 
 def read_together(
-    table: Table, batches: Iterable[Ranges], at_once: int = AT_ONCE, most_bytes: int = MOST_BYTES
+    table: Table,
+    batches: Iterable[Ranges],
+    at_once: int = AT_ONCE,
+    most_bytes: int = MOST_BYTES,
+    stop: threading.Event | None = None,
 ) -> Iterator[Callable[[], Selection]]:
     """One function a batch, which reads its rows; scattered ones share a read with their neighbours.
 
@@ -58,6 +64,8 @@ def read_together(
         Batches of a read, at most.
     most_bytes : int
         What a read of several may hold, by the mean row of the last read.
+    stop : threading.Event, optional
+        Set when nobody wants the rest: a store that is away is not asked again.
     """
     seen = _Seen()
     group: list[Ranges] = []
@@ -67,10 +75,10 @@ def read_together(
         rows += size(ranges)
         full = len(group) >= at_once or rows + size(ranges) > seen.rows_in(most_bytes)  # another one would be too much
         if full or not scattered(ranges):
-            yield from _Group(table, group, seen).parts()
+            yield from _Group(table, group, seen, stop or threading.Event()).parts()
             group, rows = [], 0
     if group:
-        yield from _Group(table, group, seen).parts()
+        yield from _Group(table, group, seen, stop or threading.Event()).parts()
 
 
 @dataclass
@@ -88,17 +96,22 @@ class _Seen:
 class _Group:
     """Batches that share a read, which is kept until each has had its rows."""
 
-    def __init__(self, table: Table, batches: list[Ranges], seen: _Seen) -> None:
-        self._table, self._batches, self._seen = table, batches, seen
+    def __init__(self, table: Table, batches: list[Ranges], seen: _Seen, stop: threading.Event) -> None:
+        self._table, self._batches, self._seen, self._stop = table, batches, seen, stop
         self._lock = threading.Lock()
         self._found: tuple[pa.Table, Sequence[NDArray[np.int64] | None]] | None = None
         self._failed = False
+        self._away: ReadError | None = None  # nobody waits for the store a second time
         self._left = len(batches)
 
     def parts(self) -> list[Callable[[], Selection]]:
         return [functools.partial(self._part, k) for k in range(len(self._batches))]
 
     def _part(self, k: int) -> Selection:
+        with until(self._stop):
+            return self._selection(k)
+
+    def _selection(self, k: int) -> Selection:
         with self._lock:
             if self._found is None and not self._failed:
                 self._read()
@@ -108,6 +121,8 @@ class _Group:
                 if not self._left:
                     self._found = None
                 return Selection(rows, index[k])
+        if self._away is not None:
+            raise self._away.at(tuple(self._table.positions(self._batches[k]).tolist()))
         rows, index = read_many(self._table, [self._batches[k]])
         return Selection(rows, index[0])
 
@@ -119,8 +134,9 @@ class _Group:
                 self._found = rows, [None]
             else:
                 self._found = read_many(self._table, self._batches)
-        except Exception:  # each then reads its own, so that the error comes where it belongs
+        except Exception as error:  # each then reads its own, so that the error comes where it belongs
             self._failed = True
+            self._away = error if isinstance(error, ReadError) and error.waited else None
         else:
             self._seen.rows, self._seen.bytes = len(self._found[0]), self._found[0].nbytes
 

@@ -183,6 +183,10 @@ def write(
             shutil.rmtree(uri, ignore_errors=True)
         if failure and isinstance(error, Exception):
             raise failure[0] from None  # the cause, without Lance's wrapping
+        if "storage version" in str(error):
+            raise ConfigError(
+                f"Expected a storage version that pylance {lance.__version__} writes, got {data_storage_version!r}."
+            ) from None
         raise
 
 
