@@ -75,7 +75,7 @@ class Options:
             raise ConfigError(f"Expected to_tensor_fn as a function or None, got {self.to_tensor_fn!r}.")
         if self.device != "auto":
             choose_device(self.device)
-        check_decoder(self.decoder)
+        check_decoder(self.decoder, self.device)
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)
         self.choose_sampler(self.ranks())
