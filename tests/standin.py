@@ -114,9 +114,7 @@ class _OnTheHost(NvJpegDecoder):
             streams.append(weakref.ref(made))
             return made
 
-        super().__init__(
-            CPU, max_pixels, threads, library=card.library, stream=stream, convert=card.convert, **options
-        )
+        super().__init__(CPU, max_pixels, threads, library=card.library, stream=stream, convert=card.convert, **options)
 
     def decode(self, *given: Any) -> Ragged:
         ragged = super().decode(*given)

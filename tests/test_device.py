@@ -25,11 +25,13 @@ from gpuload import (
     Text,
     device,
 )
+from gpuload.images.decode import libnvjpeg
 from gpuload.images.decode.choose import make_decoder
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.dali import DaliDecoder
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.decode.nvjpeg import NvJpegDecoder, default_share
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 Store = Callable[..., str]
@@ -37,10 +39,11 @@ Store = Callable[..., str]
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch says that there are two, the second being current."""
+    """torch says that there are two, the second being current; there is no libnvjpeg to ask about their engines."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(libnvjpeg, "library", lambda: None)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -83,6 +86,37 @@ def test_a_decoder_is_what_its_name_says(wish: str, where: torch.device, kind: t
     made = make_decoder(wish, where, 1000, 4)
     assert type(made) is kind
     assert (made.name, made.device) == (name, where)
+
+
+@pytest.mark.parametrize(("engines", "wish", "kind", "share"), [
+    (7, "auto", NvJpegDecoder, default_share(16, 7)),
+    (7, "nvjpeg", NvJpegDecoder, default_share(16, 7)),
+    (1, "nvjpeg:alone", NvJpegDecoder, 0),
+    (7, "nvimgcodec", NvImageCodecDecoder, None),
+    (0, "auto", NvImageCodecDecoder, None),
+])  # fmt: skip
+@pytest.mark.usefixtures("two_gpus")
+def test_the_decoder_of_a_card_depends_on_its_engines(
+    engines: int, wish: str, kind: type, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libnvjpeg, "library", lambda: "libnvjpeg")
+    monkeypatch.setattr(libnvjpeg, "engines", lambda library, where: engines if where == CUDA else 0)
+    made: Any = make_decoder(wish, CUDA, 1000, 16)
+    assert type(made) is kind
+    if share is not None:
+        assert made.name == "nvjpeg"
+        assert made.facts()["engines"] == engines
+        assert made.facts()["host_share"] == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_nvjpeg_without_an_engine_is_an_error_and_never_a_slower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match=r'libnvjpeg for decoder="nvjpeg", got none.*pip install'):
+        make_decoder("nvjpeg", CUDA, 1000)
+    monkeypatch.setattr(libnvjpeg, "library", lambda: "libnvjpeg")
+    monkeypatch.setattr(libnvjpeg, "engines", lambda library, where: 0)
+    with pytest.raises(DeviceError, match='JPEG engine for decoder="nvjpeg", got cuda:0 without one'):
+        make_decoder("nvjpeg", CUDA, 1000)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +165,8 @@ def test_a_dataset_that_nobody_closes_takes_its_decoder_along(name: str, kind: t
 
 
 def test_an_unknown_decoder_is_refused_when_the_dataset_is_made(photos: str) -> None:
-    with pytest.raises(ConfigError, match=r"Expected decoder as one of .*nvimgcodec:parity.* got 'nvjpeg'"):
-        LanceDataset(photos, 4, device="cpu", decoder="nvjpeg")
+    with pytest.raises(ConfigError, match=r"Expected decoder as one of .*nvimgcodec:parity.* got 'turbo'"):
+        LanceDataset(photos, 4, device="cpu", decoder="turbo")
 
 
 def test_without_images_no_package_is_needed(store: Store, two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ ENGINE = ["gray", "4:4:4", "4:2:2", "4:2:0", "4:4:0"]  # what it takes
 
 @pytest.fixture(scope="session")
 def compiled(build: Callable[..., Path]) -> StandIn:
-    return StandIn(build(SOURCE))
+    return StandIn(build(SOURCE, "-O1"))
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_every_format_gives_the_pixels_of_pillow(kind: str, card: StandIn) -> No
     assert decoder.counts()["nvjpeg"] == 2 * mine
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_batch_is_pillows_to_the_bit_whoever_decodes_it(card: StandIn, data: st.DataObject) -> None:
     draw, side = data.draw, st.integers(1, 70)
@@ -106,7 +106,7 @@ def test_any_batch_is_pillows_to_the_bit_whoever_decodes_it(card: StandIn, data:
     assert not errors
     assert_pillows(found, files)
     counts = decoder.counts()
-    assert counts["nvjpeg"] + counts[HOST] == len(files)
+    assert counts["nvjpeg"] + counts.get(HOST, 0) == len(files)
     assert counts["nvjpeg"] >= 0.75 * len(files)
     assert decoder.facts()["not_the_hosts_pixels"] == []
 
@@ -285,8 +285,7 @@ def test_who_decodes_what_is_a_function_of_the_batch(card: StandIn) -> None:
     files = []
     for i in range(40):
         damaged = bytearray(photo("4:2:0", 60, 60 + i, i))
-        damaged[len(damaged) // 2] = 0xFF
-        damaged[len(damaged) // 2 + 1] = 0xD7  # a restart marker where none is expected
+        damaged[-150:-148] = b"\xff\xc0"  # a frame within the scan
         files.append(bytes(damaged))
     seen = set()
     for threads in (1, 3):
@@ -299,7 +298,7 @@ def test_who_decodes_what_is_a_function_of_the_batch(card: StandIn) -> None:
     assert not decoded(card.decoder(share=0), files)[1]  # type: ignore[arg-type]
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.booleans()), max_size=150), st.floats(0, 0.25))
 def test_the_hosts_share_is_bounded_and_from_small_to_large(files: list[tuple[int, bool]], share: float) -> None:
     sizes, may = np.array([s for s, _ in files], np.int64), np.array([m for _, m in files], np.bool_)
@@ -391,7 +390,7 @@ def test_a_closed_decoder_can_be_used_again(card: StandIn) -> None:
 
 def test_a_card_without_an_engine_is_an_error_that_says_so(card: StandIn) -> None:
     card.set(engines=0)
-    with pytest.raises(DeviceError, match='GPU with a JPEG engine for decoder="nvjpeg".*decoder="nvimgcodec"'):
+    with pytest.raises(DeviceError, match=r'GPU with a JPEG engine for decoder="nvjpeg".*decoder="nvimgcodec"'):
         card.decoder()
 
 
@@ -440,7 +439,17 @@ def test_an_epoch_is_the_cpus_to_the_bit(photos: str, image: Image | None, card:
 @pytest.mark.parametrize("image", [None, Image(32)])
 def test_bad_rows_end_as_on_the_cpu(policy: Any, image: Image | None, store: Store, card: StandIn) -> None:
     good = [photo(ENGINE[i], 40, 50, i) for i in range(5)]
-    files = [good[0], None, good[1], good[2][:400], b"x", FILES["gif"](), good[3], encode(picture(9, 9), "PNG"), good[4]]
+    files = [
+        good[0],
+        None,
+        good[1],
+        good[2][:400],
+        b"x",
+        FILES["gif"](),
+        good[3],
+        encode(picture(9, 9), "PNG"),
+        good[4],
+    ]
     path = store({"image": files})
     options: dict[str, Any] = {"transforms": {} if image is None else {"image": image}, "on_error": policy}
     (ours,) = LanceDataset(path, 9, device="cpu", decoder=card.decoder(), **options)

@@ -9,9 +9,9 @@ import torch
 from gpuload.device import choose_device
 from gpuload.errors import ConfigError
 from gpuload.images import Decoder
+from gpuload.images.decode import libnvjpeg
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.dali import DaliDecoder
-from gpuload.images.decode import libnvjpeg
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.images.decode.nvjpeg import NvJpegDecoder

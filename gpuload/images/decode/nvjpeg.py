@@ -105,8 +105,8 @@ class NvJpegDecoder(LaneDecoder):
         self._repeated = self._refused = 0
 
     def facts(self) -> dict[str, Any]:
-        """For `stats`: engines of the card, the host's share, calls that failed and were repeated without the images that
-        made them fail, how many of those there were, and the samplings whose pixels are not the host's (none: all well).
+        """For `stats`: the card's engines, the host's share, calls that failed and were repeated without the images that
+        made them fail, the number of these, and the samplings whose pixels are not the host's, none where all is well.
         """
         differ = [name for name, yes, exact in zip(_NAMES, self._supported, self._exact, strict=True) if yes > exact]
         return {
@@ -168,14 +168,19 @@ class NvJpegDecoder(LaneDecoder):
         if not lane.tool.decode(encoded, numbers, rows, self._convert)[0]:
             return None
         lane.stream.synchronize()
-        pixels = view_at(memory.data_ptr(), (side, side, int(rows["channels"][0])), int(rows["pitch"][0]), self.device)
+        pixels = self._copied(memory.data_ptr(), (side, side, int(rows["channels"][0])), int(rows["pitch"][0]))
         if not picture.number:
-            return [pixels.squeeze(2).cpu().numpy()], pixels.cpu().numpy()
+            return [pixels[..., 0]], pixels
         row, planes = lane.tool.planes[0], []
         for name, (high, wide) in zip(("y", "cb", "cr"), picture.shapes(), strict=True):
             pitch = int(row["pitch_y" if name == "y" else "pitch_c"])
-            planes.append(view_at(int(row[name]), (high, wide, 1), pitch, self.device).squeeze(2).cpu().numpy())
-        return planes, pixels.cpu().numpy()
+            planes.append(self._copied(int(row[name]), (high, wide, 1), pitch)[..., 0])
+        return planes, pixels
+
+    def _copied(self, address: int, shape: tuple[int, int, int], pitch: int) -> NDArray[np.uint8]:
+        """u8[shape] on the host, of memory of the device."""
+        found: NDArray[np.uint8] = view_at(address, shape, pitch, self.device).cpu().numpy().copy()
+        return found
 
     def _claim(self, encoded: Encoded, headers: NDArray[np.void]) -> dict[int, Any]:
         numbers = samplings(headers)
@@ -186,7 +191,7 @@ class NvJpegDecoder(LaneDecoder):
         fits = (shorter >= self._sides[0]) & (longer <= self._sides[1])
         mine = np.flatnonzero((numbers >= 0) & self._supported[numbers] & fits)
         gone = hosts_share(encoded.size[mine], self._exact[numbers[mine]], self._share)
-        return dict.fromkeys(mine[~gone].tolist())
+        return dict(zip(mine[~gone].tolist(), numbers[mine[~gone]].tolist(), strict=True))
 
     def _channels(self, headers: NDArray[np.void]) -> Any:
         return headers["channels"]
@@ -201,8 +206,8 @@ class NvJpegDecoder(LaneDecoder):
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:
-        which = np.fromiter(claimed, np.intp, len(claimed))
-        numbers, rows = samplings(headers[which]), table[which]
+        which, numbers = (np.fromiter(part, np.intp, len(claimed)) for part in (claimed, claimed.values()))
+        rows = table[which]
         rows["offset"] += arena.data_ptr()
         good = lane.tool.decode(encoded.take(which), numbers, rows, self._convert)
         with self._lock:
