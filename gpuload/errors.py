@@ -63,6 +63,14 @@ class RowError(GpuloadError, ValueError):
         """The same error with its place: a decoder knows the bytes, only the dataset knows the row."""
         return type(self)(self.cause, row, column, hint)
 
+    def bare(self) -> None:
+        """Lets go of the frames that it and what caused it were raised in. Whoever keeps it keeps those that called
+        them otherwise, a decoder with its threads and memory of a GPU, until the collector of cycles comes by."""
+        error: BaseException | None = self
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+
 
 class DecodeError(RowError):
     """An image that cannot be decoded: null, empty, broken, unknown format, too large."""

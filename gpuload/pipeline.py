@@ -169,6 +169,8 @@ class Pipeline:
             self._count(images_refused=taken.refused)
             if taken.work is not None:
                 draft.works.append(taken.work)
+        for _, _, error in draft.fails:
+            error.bare()
         self._budget.weigh(draft.size + sum(work.size for work in draft.works))
         self._count(bytes_read=draft.size, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
         return draft
@@ -211,6 +213,8 @@ class Pipeline:
             draft.events.append(self._streams.upload(draft.values))
             return part
         fails, event = part.work.run(part.lo, part.hi)
+        for _, _, error in fails:
+            error.bare()
         draft.fails.extend(fails)
         draft.events.append(event)
         return part

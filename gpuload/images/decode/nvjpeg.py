@@ -105,8 +105,9 @@ class NvJpegDecoder(LaneDecoder):
         self._repeated = self._refused = 0
 
     def facts(self) -> dict[str, Any]:
-        """For `stats`: the card's engines, the host's share, calls that failed and were repeated without the images that
-        made them fail, the number of these, and the samplings whose pixels are not the host's, none where all is well.
+        """For `stats`: the card's engines, the host's share, calls that failed and were repeated without the images
+        that made them fail, the number of these, and the samplings whose pixels are not the host's: none, if all is
+        well.
         """
         differ = [name for name, yes, exact in zip(_NAMES, self._supported, self._exact, strict=True) if yes > exact]
         return {
