@@ -12,6 +12,8 @@ from gpuload.errors import (
     StateError,
     TextError,
 )
+from gpuload.fields.boxes import Boxes
+from gpuload.fields.mask import Mask
 from gpuload.fields.text import Text
 from gpuload.images import HEADER, Decoder, Encoded, Ragged
 from gpuload.images.transform import Image
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Boxes",
     "ConfigError",
     "DecodeError",
     "Decoder",
@@ -32,6 +35,7 @@ __all__ = [
     "HEADER",
     "Image",
     "LanceDataset",
+    "Mask",
     "Ragged",
     "RowError",
     "ShardedBatchSampler",

@@ -28,6 +28,11 @@ class Batch(dict[str, Any]):
         This batch's place: batch `step` of its rank in `epoch`.
     nulls : dict of str to bool[B]
         For columns without a NaN: which rows were null and hold 0 or False instead. Empty where none were.
+    regions : dict of str to f64[B, 4], or f64[B, V, 4] with V > 1 views
+        By column of images: x0, y0, width and height of what became the pixels, in pixels of the original image after
+        its EXIF orientation, on the CPU. Means nothing where ``valid`` is False.
+    original_sizes : dict of str to i64[B, 2]
+        Height and width of the original images, after their EXIF orientation, on the CPU.
     """
 
     rows: torch.Tensor
@@ -35,6 +40,8 @@ class Batch(dict[str, Any]):
     epoch: int
     step: int
     nulls: dict[str, torch.Tensor]
+    regions: dict[str, torch.Tensor]
+    original_sizes: dict[str, torch.Tensor]
 
     def __init__(
         self,
@@ -44,12 +51,15 @@ class Batch(dict[str, Any]):
         epoch: int = 0,
         step: int = 0,
         nulls: dict[str, torch.Tensor] | None = None,
+        regions: dict[str, torch.Tensor] | None = None,
+        original_sizes: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(columns)
         if rows is None:  # type(batch)({...}), as transformers and accelerate write it
             rows = torch.full((max(map(len, columns.values()), default=0),), -1)
         valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.rows, self.valid, self.epoch, self.step, self.nulls = rows, valid, epoch, step, nulls or {}
+        self.regions, self.original_sizes = regions or {}, original_sizes or {}
         for name, value in columns.items():
             if len(value) != len(rows):
                 raise ValueError(f"Expected {len(rows)} values in column {name!r}, got {len(value)}.")
@@ -62,12 +72,12 @@ class Batch(dict[str, Any]):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its columns on `device`; `rows` and `valid` stay on the CPU."""
         moved = {name: _each(value, lambda t: t.to(device, non_blocking=non_blocking)) for name, value in self.items()}
-        return Batch(moved, self.rows, self.valid, self.epoch, self.step, self.nulls)
+        return self._with(moved)
 
     def pin_memory(self, device: Any = None) -> Batch:
         """The same batch in page-locked memory; what is on a GPU already stays as it is."""
         pinned = {name: _each(value, lambda t: t if t.is_cuda else t.pin_memory()) for name, value in self.items()}
-        return Batch(pinned, self.rows, self.valid, self.epoch, self.step, self.nulls)
+        return self._with(pinned)
 
     def keep(self, mask: NDArray[np.bool_]) -> Batch:
         """The rows where ``mask`` (bool[B]) is True."""
@@ -81,12 +91,22 @@ class Batch(dict[str, Any]):
                 return kept.contiguous(memory_format=torch.channels_last) if last else kept
             return [value[i] for i in index.tolist()]
 
-        nulls = {name: flags[index] for name, flags in self.nulls.items()}
         columns = {name: pick(value) for name, value in self.items()}
-        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, nulls)
+        return Batch(columns, self.rows[index], self.valid[index], self.epoch, self.step, *self._of_rows(index))
+
+    def _with(self, columns: dict[str, Any]) -> Batch:
+        """The same rows with other columns."""
+        about = (self.nulls, self.regions, self.original_sizes)
+        return Batch(columns, self.rows, self.valid, self.epoch, self.step, *about)
+
+    def _of_rows(self, index: Any) -> tuple[dict[str, torch.Tensor], ...]:
+        """What is known of some rows, by column."""
+        about = (self.nulls, self.regions, self.original_sizes)
+        return tuple({name: values[index] for name, values in each.items()} for each in about)
 
     def __reduce__(self) -> tuple[type[Batch], tuple[Any, ...]]:
-        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, self.nulls)
+        about = (self.nulls, self.regions, self.original_sizes)
+        return type(self), (dict(self), self.rows, self.valid, self.epoch, self.step, *about)
 
     def __repr__(self) -> str:
         shown = [f"{name}: {_shape(value)}" for name, value in self.items()]
@@ -108,8 +128,8 @@ def _on_cuda(value: Any) -> bool:
 def _each(value: Any, function: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [function(item) for item in value]
+    if isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, list)):
+        return [_each(item, function) for item in value]
     return value
 
 
@@ -117,9 +137,8 @@ def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         device = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
-    inner = (
-        _shape(value[0]) if value and isinstance(value[0], torch.Tensor) else type(value[0]).__name__ if value else ""
-    )
+    nested = bool(value) and isinstance(value[0], torch.Tensor)
+    inner = _shape(value[0]) if nested else type(value[0]).__name__ if value else ""
     return f"list[{len(value)}] of {inner}" if inner else "list[0]"
 
 

@@ -24,12 +24,10 @@ from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
 from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
-from gpuload.fields.choose import fields, resolve
-from gpuload.fields.text import Text
+from gpuload.fields.choose import Transform, fields, resolve
 from gpuload.images import Decoder, resize
 from gpuload.images.decode.choose import calls_at_once, make_decoder, takes_batches
 from gpuload.images.decode.host import MAX_PIXELS
-from gpuload.images.transform import Image
 from gpuload.iteration import Batches
 from gpuload.options import NOT_GIVEN, Options
 from gpuload.order import plans
@@ -83,7 +81,7 @@ class LanceDataset(IterableDataset[Batch]):
     auto_detect_rank : bool
     dataset_options : dict, optional
         Keywords of ``lance.dataset``: version, storage_options, ...
-    transforms : dict of str to Image or Text, optional
+    transforms : dict of str to Image, Text, Boxes or Mask, optional
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
     decoder : {"auto", "cpu", "nvjpeg", "nvimgcodec", "dali"} or Decoder
@@ -131,7 +129,7 @@ class LanceDataset(IterableDataset[Batch]):
         to_tensor_fn: Callable[..., Any] | None = NOT_GIVEN,
         sampler: Any = None,
         auto_detect_rank: bool = True,
-        transforms: Mapping[str, Image | Text] | None = None,
+        transforms: Mapping[str, Transform] | None = None,
         device: str | torch.device = "auto",
         decoder: str | Decoder = "auto",
         on_error: Literal["raise", "skip", "mask"] = "raise",
@@ -255,7 +253,7 @@ class LanceDataset(IterableDataset[Batch]):
         return self._options.readahead_bytes
 
     @property
-    def transforms(self) -> Mapping[str, Image | Text]:
+    def transforms(self) -> Mapping[str, Transform]:
         """Column → what it becomes, as it was asked for."""
         return MappingProxyType(self._options.transforms)
 

@@ -11,9 +11,8 @@ import torch
 
 from gpuload.device import choose_device
 from gpuload.errors import ConfigError, expect_counts, expect_int
-from gpuload.fields.text import Text
+from gpuload.fields.choose import Transform
 from gpuload.images.decode.choose import check_decoder
-from gpuload.images.transform import Image
 from gpuload.order.choose import expect_alone, make_sampler
 from gpuload.order.ranks import Ranks
 from gpuload.pipeline import ON_ERROR
@@ -47,7 +46,7 @@ class Options:
     to_tensor_fn: Callable[..., Any] | None
     sampler: Any
     auto_detect_rank: bool
-    transforms: Mapping[str, Image | Text]
+    transforms: Mapping[str, Transform]
     device: str | torch.device
     decoder: Any
     on_error: str
@@ -67,7 +66,9 @@ class Options:
         if self.on_error not in ON_ERROR:
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {self.on_error!r}.")
         if not isinstance(self.transforms, Mapping):
-            raise ConfigError(f"Expected transforms as a dict of column to Image or Text, got {self.transforms!r}.")
+            raise ConfigError(
+                f"Expected transforms as a dict of column to Image, Text, Boxes or Mask, got {self.transforms!r}."
+            )
         object.__setattr__(self, "transforms", dict(self.transforms))  # the user's own may change
         if not isinstance(self.filter, (str, type(None))):
             raise ConfigError(f"Expected filter as an SQL condition, got {self.filter!r}.")

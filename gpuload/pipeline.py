@@ -25,7 +25,7 @@ from gpuload.batch import Batch
 from gpuload.clock import Clock
 from gpuload.device import Streams, one_torch_thread, span
 from gpuload.errors import RowError
-from gpuload.fields import Fails, Field, Work
+from gpuload.fields import Fails, Field, Geometry, Work
 from gpuload.order.draws import Draws
 from gpuload.stages import Budget, flat_map, ordered_map
 from gpuload.tables import Selection
@@ -62,6 +62,8 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
     nulls: dict[str, torch.Tensor] = field(default_factory=dict)
     fails: Fails = field(default_factory=list)
+    geometry: dict[str, Geometry] = field(default_factory=dict)
+    last: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     works: list[Work] = field(default_factory=list)
     slices: int = 0
     size: int = 0  # bytes that were read
@@ -154,25 +156,31 @@ class Pipeline:
         finally:
             done.close()
 
-    @span("gpuload.read")
     def _prepare(self, read: Read) -> Draft:
         """Everything of a batch but what is work for slices."""
+        with span("gpuload.read"):
+            return self._draft(read)
+
+    def _draft(self, read: Read) -> Draft:
         rows = read.selection()
         draft = Draft(read.step, read.rows, read.real, size=rows.nbytes)
-        draws = Draws(self._seed, self._epoch, read.rows)
+        draws, refused = Draws(self._seed, self._epoch, read.rows), 0
         for each in self._fields:
-            taken = each.take(rows, draws)
+            taken = each.take(rows, draws, draft.geometry)
             draft.values.update(taken.values)
             draft.nulls.update({name: torch.from_numpy(flags) for name, flags in taken.nulls.items()})
             draft.fails += taken.fails
+            draft.geometry.update(taken.geometry)
+            draft.last.update(taken.last)
             draft.size += taken.read
-            self._count(images_refused=taken.refused)
+            refused += taken.refused
             if taken.work is not None:
                 draft.works.append(taken.work)
         for _, _, error in draft.fails:
             error.bare()
         self._budget.weigh(draft.size + sum(work.size for work in draft.works))
-        self._count(bytes_read=draft.size, nulls=sum(int(n.sum()) for n in draft.nulls.values()))
+        nulls = sum(int(flags.sum()) for flags in draft.nulls.values())
+        self._count(bytes_read=draft.size, images_refused=refused, nulls=nulls)
         return draft
 
     def _cut(self, draft: Draft) -> list[Slice]:
@@ -205,18 +213,18 @@ class Pipeline:
             parts *= 2
         return max(1, -(-len(cost) // parts)), sys.maxsize
 
-    @span("gpuload.decode")
     def _work(self, part: Slice) -> Slice:
         """One slice, into the batch."""
         draft = part.draft
-        if part.work is None:
-            draft.events.append(self._streams.upload(draft.values))
-            return part
-        fails, event = part.work.run(part.lo, part.hi)
-        for _, _, error in fails:
-            error.bare()
-        draft.fails.extend(fails)
-        draft.events.append(event)
+        with span("gpuload.decode"):
+            if part.work is None:
+                draft.events.append(self._streams.upload(draft.values))
+                return part
+            fails, event = part.work.run(part.lo, part.hi)
+            for _, _, error in fails:
+                error.bare()
+            draft.fails.extend(fails)
+            draft.events.append(event)
         return part
 
     def _finish(self, draft: Draft) -> Batch:
@@ -227,6 +235,7 @@ class Pipeline:
             draft.values.update(work.finish())
         columns = {name: draft.values[name] for name in self._order}
         self._streams.keep(columns)
+        columns.update({name: make(columns[name]) for name, make in draft.last.items()})
         valid = np.arange(len(draft.rows)) < draft.real
         bad = np.zeros(len(draft.rows), np.bool_)
         errors: dict[int, tuple[str, RowError]] = {}
@@ -247,6 +256,8 @@ class Pipeline:
             self._epoch,
             draft.step,
             draft.nulls,
+            regions={name: torch.from_numpy(each.regions) for name, each in draft.geometry.items()},
+            original_sizes={name: torch.from_numpy(each.sizes) for name, each in draft.geometry.items()},
         )
         return batch.keep(~bad) if bad.any() and self._on_error == "skip" else batch
 

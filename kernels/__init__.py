@@ -46,6 +46,18 @@ OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
         ("reserved", np.int32),
     ]
 )
+CROP = np.dtype(  # struct Crop of views.cpp
+    [
+        ("scale", np.float64, (2,)),
+        ("ratio", np.float64, (2,)),
+        ("crop_ratio", np.float64),
+        ("flip", np.float64),
+        ("out_height", np.float64),
+        ("out_width", np.float64),
+        ("mode", np.int32),
+        ("last", np.int32),
+    ]
+)
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 _TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
@@ -96,8 +108,14 @@ def load_tables(path: Path) -> ctypes.CDLL:
         one.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
         one.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
         one.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
+        one.gpuload_views.argtypes = [pointer, number, *[pointer] * 2, number, pointer, *[number] * 2, pointer, number]
+        one.gpuload_views.argtypes += [pointer, pointer]
+        one.gpuload_rows.argtypes = [pointer, number, pointer, number, ctypes.c_uint64, pointer]
+        one.gpuload_wrong.argtypes = [pointer, pointer, pointer, number, number]
         for name in ("headers", "uniform", "permute", "windows", "pointers"):
             getattr(one, f"gpuload_{name}").restype = None
+        for name in ("views", "rows", "wrong"):
+            getattr(one, f"gpuload_{name}").restype = number
     library.held = held  # type: ignore[attr-defined, unused-ignore]
     return library
 
@@ -151,6 +169,66 @@ def run_permute(
     _for(library, len(index)).gpuload_permute(
         index.ctypes.data, len(index), n, *bits, keys.ctypes.data, len(keys), backwards, out.ctypes.data
     )
+
+
+def run_views(
+    library: ctypes.CDLL,
+    headers: NDArray[np.void],
+    crop: NDArray[np.void],
+    drawn: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    first: int,
+    which: NDArray[np.int64] | None,
+    out: NDArray[np.void],
+) -> NDArray[np.int64]:
+    """Fill `out`, VIEW[N], with one view of each of the images `which`, or of all N; see `gpuload.images.views.views`.
+
+    Parameters
+    ----------
+    library : CDLL
+    headers : HEADER[N]
+    crop : CROP[]
+    drawn : f64[N, n]
+        Uniforms of each image: flip, x, y, then area and ratio of each try.
+    ratios : f64[M, tries]
+        Of each of the M images that are asked for, from try `first` on.
+
+    Returns
+    -------
+    i64[left]
+        The images that no try fits, unless ``crop["last"]``.
+    """
+    headers, ratios = np.ascontiguousarray(headers), np.ascontiguousarray(ratios)
+    left = np.empty(len(headers), np.int64)
+    some, count = (None, 0) if which is None else (which.ctypes.data, len(which))
+    without = _for(library, len(headers)).gpuload_views(
+        headers.ctypes.data, len(headers), crop.ctypes.data, drawn.ctypes.data, drawn.shape[1], ratios.ctypes.data,
+        first, ratios.shape[1], some, count, out.ctypes.data, left.ctypes.data,
+    )  # fmt: skip
+    return left[:without]
+
+
+def run_rows(
+    library: ctypes.CDLL, pixels: NDArray[np.void], views: NDArray[np.void], base: int, out: NDArray[np.void]
+) -> int:
+    """Fill `out`, ROW[M], for VIEW[M] of PIXELS[N] in an arena at address `base`; returns M, or the first view that is
+    of none of the images."""
+    pixels, views = np.ascontiguousarray(pixels), np.ascontiguousarray(views)
+    made: int = _for(library, len(views)).gpuload_rows(
+        pixels.ctypes.data, len(pixels), views.ctypes.data, len(views), base, out.ctypes.data
+    )
+    return made
+
+
+def run_wrong(
+    library: ctypes.CDLL, at: NDArray[np.uint64], size: NDArray[np.int64], headers: NDArray[np.void], max_pixels: int
+) -> int:
+    """How many of N images `gpuload.images.headers.judge` finds wrong."""
+    at, size, headers = np.ascontiguousarray(at), np.ascontiguousarray(size), np.ascontiguousarray(headers)
+    wrong: int = _for(library, len(at)).gpuload_wrong(
+        at.ctypes.data, size.ctypes.data, headers.ctypes.data, len(at), min(max_pixels, 2**63 - 1)
+    )
+    return wrong
 
 
 def run_windows(

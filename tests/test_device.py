@@ -428,31 +428,45 @@ def test_memory_is_kept_for_every_stream_that_writes_to_it(current: list[Stream]
     assert memory.streams == [other]
 
 
-def test_what_is_no_image_goes_up_through_pinned_memory_on_a_stream_of_its_own(
+def test_what_is_no_image_goes_up_in_one_pinned_copy_on_a_stream_of_its_own(
     current: list[Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved = []
+    pinned, moved, empty = list[Any](), list[Any](), torch.empty
+
+    def locked(size: int, *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        assert pin_memory
+        pinned.append(empty(size, dtype=dtype))
+        return pinned[-1]
 
     def to(tensor: torch.Tensor, where: Any, non_blocking: bool = False) -> Any:
-        moved.append((getattr(tensor, "pinned", False), where, non_blocking, current[-1]))
-        return on_cuda()
+        moved.append((tensor is pinned[-1], where, non_blocking, current[-1]))
+        return tensor.clone()
 
-    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = tensor.clone()
-        pinned.pinned = True  # type: ignore[attr-defined]
-        return pinned
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "empty", locked)
     monkeypatch.setattr(torch.Tensor, "to", to)
     streams = device.Streams(CUDA)
-    columns: dict[str, Any] = {"ids": torch.ones(3), "none": torch.ones(0), "words": ["a"], "there": on_cuda()}
+    given: dict[str, Any] = {
+        "ids": torch.arange(12).view(3, 4).T,
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.ones(0, 2),
+        "one": torch.tensor(2.5, dtype=torch.float16),
+        "boxes": [torch.rand(2, 4), torch.rand(0, 4), torch.rand(1, 4)],
+    }
+    columns = {**given, "words": ["a"], "there": on_cuda()}
     there = columns["there"]
     event = streams.upload(columns)
     assert event.stream is not current[0], "the consumer's stream is left alone"
-    assert moved == [(True, CUDA, True, event.stream), (False, CUDA, True, event.stream)]
+    assert moved == [(True, CUDA, True, event.stream)], "one copy for all"
+    for name, value in given.items():
+        for one, other in zip(*([v] if torch.is_tensor(v) else v for v in (columns[name], value)), strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(one, other)
     assert columns["there"] is there
     assert columns["words"] == ["a"]
     assert current == [current[0]]
+    moved.clear()
+    streams.upload({"words": ["a"], "there": there, "empty": []})
+    assert not moved
 
 
 def test_on_the_cpu_streams_do_nothing() -> None:

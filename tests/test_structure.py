@@ -27,7 +27,7 @@ images images.transform images.encoded images.headers images.pillow images.views
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.libnvjpeg images.decode.nvjpeg
 images.decode.nvimgcodec images.decode.dali images.decode.choose
-fields fields.text fields.numbers fields.lists fields.image fields.bytes fields.choose
+fields fields.text fields.numbers fields.lists fields.image fields.boxes fields.mask fields.bytes fields.choose
 batch
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload

@@ -46,6 +46,8 @@ class Column:
         Names of what it gives beside the column of its own name.
     decodes : bool
         Whether it needs the decoder.
+    follows : str
+        The column of images that it moves with, "" without: its field comes after theirs.
     """
 
     name: str
@@ -57,6 +59,38 @@ class Column:
     ready: Any = None
     more: tuple[str, ...] = ()
     decodes: bool = False
+    follows: str = ""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the images of an output are looked at, for what moves with their pixels.
+
+    Attributes
+    ----------
+    views : VIEW[B * V]
+        V of each image, one image after the other.
+    count : int
+        V.
+    sizes : i64[B, 2]
+        Height and width of each image as a person sees it; 0 where it is unknown.
+    orientation : u8[B]
+        EXIF, 1 to 8: what is applied to each stored image.
+    size : (int, int) or None
+        Height and width of the output; None where every image keeps its own.
+    """
+
+    views: NDArray[np.void]
+    count: int
+    sizes: NDArray[np.int64]
+    orientation: NDArray[np.uint8]
+    size: tuple[int, int] | None
+
+    @property
+    def regions(self) -> NDArray[np.float64]:
+        """x0, y0, width, height of each view in the image as a person sees it: f64[B, 4], or [B, V, 4] with V > 1."""
+        found = self.views["region"].copy()  # from rows of 41 bytes
+        return found if self.count == 1 else found.reshape(-1, self.count, 4)
 
 
 @dataclass(frozen=True)
@@ -144,6 +178,10 @@ class Taken:
         Bytes that were read beside the table.
     refused : int
         Images that will not be decoded, for what their headers say.
+    geometry : dict of str to Geometry
+        Of its outputs of images.
+    last : dict of str to callable
+        What is made of a tensor of `values` once it is on the device, without a copy: a list of its parts.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +190,8 @@ class Taken:
     work: Work | None = None
     read: int = 0
     refused: int = 0
+    geometry: dict[str, Geometry] = field(default_factory=dict)
+    last: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
 
 
 class Field(Protocol):
@@ -159,8 +199,8 @@ class Field(Protocol):
 
     columns: list[Column]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
-        """The batch's columns of `rows`, B of them."""
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
+        """The batch's columns of `rows`, B of them; `geometry` is that of the image columns taken before."""
         ...
 
 

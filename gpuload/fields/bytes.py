@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from gpuload.errors import DecodeError
-from gpuload.fields import Column, Fails, Field, Known, Parts, Taken
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
 from gpuload.fields.image import is_image
 from gpuload.images import KINDS, Encoded, encoded, headers, pillow
 from gpuload.order.draws import Draws
@@ -38,7 +39,7 @@ class BytesField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.max_pixels) for column in columns]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         found, errors, read = encoded.from_arrow(rows.table.column(self._name), rows.index)
         self._judge(found, errors)
         values = [None if i in errors else found.view(i) for i in range(len(found))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
-from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, storage_type
-from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, views
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, storage_type
+from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, sizes, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
@@ -39,8 +40,8 @@ class ImageField:
 
     transform: type | None = Image
 
-    def __init__(self, columns: list[Column], streams: list[str], parts: Parts) -> None:
-        self.columns, self._streams, self._parts = columns, streams, parts
+    def __init__(self, columns: list[Column], firsts: list[bool], parts: Parts) -> None:
+        self.columns, self._firsts, self._parts = columns, firsts, parts
         self._images: list[Image] = [column.transform or _NATIVE for column in columns]
 
     @classmethod
@@ -51,7 +52,7 @@ class ImageField:
             form = "uint8[B, 3, H, W], a list where sizes differ"
         elif not isinstance(transform, Image):
             return None
-        elif not _is_encoded(field.type):
+        elif not is_encoded(field.type):
             got = f"{field.name!r}: {field.type}"
             raise ConfigError(f"Expected a binary or struct<bytes, path> column for Image, got {got}.")
         elif known.formats:
@@ -63,29 +64,32 @@ class ImageField:
     @classmethod
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         groups: dict[tuple[str, bool, bool], list[Column]] = {}
-        streams, seen = dict[str, str](), set[str]()
+        firsts, seen = dict[str, bool](), set[str]()
         for column in columns:
             image, origin = column.transform or _NATIVE, parts.origin(column.name)
             groups.setdefault((origin, image.orient, image.fast), []).append(column)
-            streams[column.name] = column.name if origin in seen else ""  # the first keeps the numbers it always had
+            firsts[column.name] = origin not in seen
             seen.add(origin)
-        return [cls(group, [streams[column.name] for column in group], parts) for group in groups.values()]
+        return [cls(group, [firsts[column.name] for column in group], parts) for group in groups.values()]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         found, errors, read = encoded.from_arrow(rows.table.column(self.columns[0].name), rows.index)
         table = headers.read(found)
         headers.judge(found, table, self._parts.max_pixels, errors)
         pillow.open_rest(found, table, self._parts.max_pixels, errors)
-        table["height"][list(errors)] = 0  # nobody decodes them
+        if errors:
+            table["height"][list(errors)] = 0  # nobody decodes them
         if not self._images[0].orient:
             table["orientation"] = 1
         outputs = [
-            _Output(column.name, image, views.views(image, table, draws, stream))
-            for column, image, stream in zip(self.columns, self._images, self._streams, strict=True)
+            _Output(column.name, image, views.of_all(image, table, draws, column.name, first))
+            for column, image, first in zip(self.columns, self._images, self._firsts, strict=True)
         ]
+        seen, turned = np.stack(sizes(table), axis=1), table["orientation"]
+        geometry = {o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size) for o in outputs}  # type: ignore[arg-type]
         fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
         work = _Work(found, table, outputs, self._parts)
-        return Taken(fails=fails, work=work, read=read, refused=len(errors))
+        return Taken(fails=fails, work=work, read=read, refused=len(errors), geometry=geometry)
 
 
 @dataclass
@@ -94,9 +98,13 @@ class _Output:
 
     name: str
     image: Image
-    views: NDArray[np.void]  # VIEW[N]
-    made: Any = None  # Tensor[N, C, H, W], or a list of N where every image keeps its size
+    views: NDArray[np.void]  # VIEW[N * V]
+    made: Any = None  # Tensor[N * V, C, H, W], or a list of N where every image keeps its size
     event: Any = None  # after its memory was allocated
+
+    def part(self, lo: int, hi: int) -> slice:
+        """The views of images lo to hi."""
+        return slice(lo * self.image.views, hi * self.image.views)
 
 
 class _Work:
@@ -129,7 +137,7 @@ class _Work:
     def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
         assert self._encoded is not None
         if self._line is not None:
-            targets = [Target(o.views[lo:hi], o.image, self._room(o)[lo:hi]) for o in self._outputs]
+            targets = [Target(o.views[o.part(lo, hi)], o.image, self._room(o)[o.part(lo, hi)]) for o in self._outputs]
             filled = self._line.fill(lo, hi, targets)
             self._parts.resize.worked(time.perf_counter() - filled.resized)  # added up, and drawn at the slice's end
             return [(i, o.name, error) for o in self._outputs for i, error in filled.errors.items()], None
@@ -146,6 +154,8 @@ class _Work:
         streams, values = self._parts.streams, dict[str, Any]()
         for output in self._outputs:
             values[output.name] = output.made
+            if output.image.views > 1:
+                values[output.name] = output.made.unflatten(0, (-1, output.image.views))
             if isinstance(output.made, list):
                 streams.keep({output.name: output.made})
                 values[output.name] = _stacked(output.made, output.image, streams.device)
@@ -179,12 +189,13 @@ class _Work:
 
     def _resize(self, ragged: Ragged, output: _Output, lo: int, hi: int) -> None:
         """From the decoder's memory into the batch's, on the thread's current stream."""
-        wanted = output.views[lo:hi].copy()
+        part = output.part(lo, hi)
+        wanted = output.views[part].copy()
         wanted["image"] -= lo
         if output.image.shape is not None:
             out = self._room(output)
             with self._parts.resize.timed(), span("gpuload.resize"):
-                resize.resize_normalize(ragged, wanted, output.image, out[lo:hi])
+                resize.resize_normalize(ragged, wanted, output.image, out[part])
             return
         for i in np.flatnonzero(ragged.table["height"]).tolist():
             output.made[lo + i] = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
@@ -193,7 +204,7 @@ class _Work:
 def _bytes(image: Image, table: NDArray[np.void]) -> int:
     """Bytes of a finished output."""
     if image.shape is not None:
-        return len(table) * image.dtype.itemsize * math.prod(image.shape)
+        return len(table) * image.views * image.dtype.itemsize * math.prod(image.shape)
     pixels = int((table["height"].astype(np.int64) * table["width"]).sum())
     return pixels * image.channels * image.dtype.itemsize
 
@@ -210,14 +221,15 @@ def _form(image: Image) -> str:
     dtype = str(image.dtype).removeprefix("torch.")
     if image.shape is None:
         return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
-    return f"{dtype}[B, {', '.join(map(str, image.shape))}]" + (" channels_last" if image.channels_last else "")
+    shape = (*(image.views,) * (image.views > 1), *image.shape)
+    return f"{dtype}[B, {', '.join(map(str, shape))}]" + (" channels_last" if image.channels_last else "")
 
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_encoded(kind: pa.DataType) -> bool:
+def is_encoded(kind: pa.DataType) -> bool:
     kind = storage_type(kind)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
@@ -226,7 +238,7 @@ def _is_encoded(kind: pa.DataType) -> bool:
 
 def is_image(field: pa.Field, known: Known) -> bool:
     """Declared by Hugging Face or Lance, of Hugging Face's shape, or bytes that start like an image."""
-    if not _is_encoded(field.type):
+    if not is_encoded(field.type):
         return False
     feature = known.features.get(field.name)
     if isinstance(feature, dict) and "_type" in feature:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from gpuload.fields import Column, Field, Known, Parts, Taken, is_text
+from gpuload.fields import Column, Field, Geometry, Known, Parts, Taken, is_text
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -28,5 +29,5 @@ class ListField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         return Taken({column.name: rows.column(column.name).to_pylist() for column in self.columns})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from gpuload.fields import Column, Field, Known, Parts, Taken
+from gpuload.fields import Column, Field, Geometry, Known, Parts, Taken
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -32,7 +33,7 @@ class NumberField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(columns)]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         taken = Taken()
         for column in self.columns:
             taken.values[column.name], nulls = to_tensor(rows.column(column.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from gpuload.clock import Clock
 from gpuload.errors import ConfigError, TextError, expect
-from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, is_text
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, is_text
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -87,7 +87,7 @@ class TextField:
     def make(cls, columns: list[Column], parts: Parts) -> list[Field]:
         return [cls(column, parts.tokenize) for column in columns]
 
-    def take(self, rows: Selection, draws: Draws) -> Taken:
+    def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         texts = [text or "" for text in _strings(rows.column(self._name))]
         with self._clock.timed():
             ids, mask, refused = self._tokens(texts)

@@ -68,6 +68,9 @@ def judge(
 
     What Pillow still has to tell the size of (height 0 and `ask`) is left alone, and so is who is in `errors` already.
     """
+    library = kernels.tables_library()
+    if library is not None and not kernels.run_wrong(library, encoded.at, encoded.size, headers, max_pixels):
+        return errors
     height, width = headers["height"].astype(np.int64), headers["width"].astype(np.int64)
     nothing = (encoded.at == 0) | (encoded.size < 1)
     flat = ((height < 1) | (width < 1)) & (headers["ask"] == 0)

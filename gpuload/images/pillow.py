@@ -28,6 +28,8 @@ def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, erro
 
     The images are kept in ``encoded.opened`` until they are loaded; those whose size was known already are not.
     """
+    if not headers["ask"].any():
+        return
     for i in np.flatnonzero(headers["ask"] & (encoded.size > 0)).tolist():
         if i in errors:
             continue
@@ -66,6 +68,38 @@ def load(encoded: Encoded, i: int, header: Any, max_pixels: int) -> NDArray[np.u
         got = f"{pixels.shape[0]}x{pixels.shape[1]}"
         raise DecodeError(f"Expected {wanted[0]}x{wanted[1]} pixels as the header says, got {got}")
     return pixels
+
+
+def labels(encoded: Encoded, i: int, header: Any, max_pixels: int) -> tuple[NDArray[Any], int | None]:
+    """Image i as integers, [height, width], as they are stored (indices of a palette, gray levels of any depth), and
+    the EXIF orientation that is still to be applied, None where the file names none.
+
+    Raises
+    ------
+    DecodeError
+        It is broken, or has more than one channel.
+    """
+    view, kind = encoded.view(i), int(header["kind"])
+    with _open(view, kind, max_pixels) as image:
+        mode = image.mode
+        if mode not in ("1", "L", "P") and not mode.startswith("I"):
+            raise DecodeError(f"Expected a label image with one channel (1, L, P, I or I;16), got mode {mode}")
+        try:
+            tagged = _ORIENTATION in image.getexif()
+            own = _orientation(image) if tagged else None  # before it is loaded: Pillow turns TIFF files, and forgets
+            image.load()
+            return np.asarray(image), own
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            raise _broken(view, kind, error) from error
+
+
+def turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """[h, w, ...] as a person sees it; a view."""
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels.swapaxes(0, 1) if orientation >= 5 else pixels
 
 
 def channels(image: pillow.Image) -> int:

@@ -66,6 +66,7 @@ def resize_twin(ragged: Ragged, views: NDArray[np.void], image: Image, out: torc
     """`resize_normalize` in plain torch, float32, on any device: the definition that the kernels are tested against."""
     (height, width), device = out.shape[2:], out.device
     scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
+    _check_images(views, len(ragged))
     regions = within(ragged.table[views["image"]], views["region"])
     for m, i in enumerate(views["image"].tolist()):
         if not ragged.table["height"][i]:
@@ -156,7 +157,25 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
 
 
 def rows(ragged: Ragged, views: NDArray[np.void]) -> NDArray[np.void]:
-    """The kernels' table, ROW[M]."""
+    """The kernels' table, ROW[M].
+
+    Raises
+    ------
+    ValueError
+        A view is of none of the images.
+    """
+    library, found = kernels.tables_library(), np.empty(len(views), kernels.ROW)
+    if library is None:
+        return rows_twin(ragged, views)
+    made = kernels.run_rows(library, ragged.table, views, ragged.arena.data_ptr(), found)
+    if made < len(views):
+        raise ValueError(f"Expected views of {len(ragged)} images, got one of image {views['image'][made]}.")
+    return found
+
+
+def rows_twin(ragged: Ragged, views: NDArray[np.void]) -> NDArray[np.void]:
+    """`rows` in NumPy, for where nothing could be compiled."""
+    _check_images(views, len(ragged))
     found, table = np.zeros(len(views), kernels.ROW), ragged.table[views["image"]]
     found["pixels"] = table["offset"] + ragged.arena.data_ptr()
     for name in ("pitch", "height", "width", "channels", "orientation"):
@@ -173,18 +192,21 @@ def affine(image: Image) -> NDArray[np.float32]:
 
 
 def _check(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
-    m, n = len(views), len(ragged)
+    m = len(views)
     good = views.dtype == VIEW and out.dim() == 4 and out.shape[:2] == (m, image.channels)
     if not good or out.dtype != image.dtype or out.device != ragged.arena.device:
         raise ValueError(
             f"Expected VIEW[{m}] and out [{m}, {image.channels}, H, W] of {image.dtype} on {ragged.arena.device}, got "
             f"{views.dtype} {views.shape} and {tuple(out.shape)} of {out.dtype} on {out.device}."
         )
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
+
+
+def _check_images(views: NDArray[np.void], n: int) -> None:
     beyond = views["image"][(views["image"] < 0) | (views["image"] >= n)]
     if len(beyond):
         raise ValueError(f"Expected views of {n} images, got one of image {beyond[0]}.")
-    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"Expected out contiguous or channels-last, got strides {out.stride()} of {tuple(out.shape)}.")
 
 
 def _oriented(ragged: Ragged, i: int) -> torch.Tensor:

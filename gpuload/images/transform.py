@@ -52,6 +52,9 @@ class Image:
     fast : bool
         On the CPU, halve a JPEG inside its DCT, once or more, while the region stays as large as `size`. Quicker on
         large photos, and not the same pixels; the README has the PSNR.
+    views : int
+        Regions of each image, drawn independently: the batch is ``[B, views, C, H, W]`` from two on. The image is read
+        and decoded once, as far as their bounding rectangle needs.
 
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
@@ -69,6 +72,7 @@ class Image:
     channels_last: bool = False
     orient: bool = True
     fast: bool = False
+    views: int = 1
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -84,6 +88,9 @@ class Image:
         expect(0 <= self.flip <= 1, "Image(flip=...) as a probability in [0, 1]", self.flip)
         expect(self.mode in ("RGB", "L"), 'Image(mode="RGB"|"L")', self.mode)
         expect(self.dtype in IMAGE_DTYPES, f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
+        good = isinstance(self.views, int) and not isinstance(self.views, bool) and self.views > 0
+        expect(good, "Image(views=...) as an int of at least 1", self.views)
+        expect(self.views == 1 or self.size is not None, "Image(views=...) beside a size", self.views)
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None:

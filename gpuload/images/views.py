@@ -7,6 +7,7 @@ it decoded lies, and the resize combines the two.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,32 @@ from gpuload.images.transform import Image
 from gpuload.order.draws import Draws
 
 _TRIES = 10  # as torchvision's RandomResizedCrop
-_FIRST = (
-    3  # of them for every row: most fit, and arrays of 128 rows stay below the 500 values NumPy lets go the GIL for
-)
+# of them for every row: most fit, and arrays of 128 rows stay below the 500 values NumPy lets go the GIL for
+_FIRST = 3
 _MARGIN = 2  # pixels: one that chroma upsampling gets wrong at a cut, one for rounding
 _F64 = NDArray[np.float64]
 _SWAPPED = np.arange(9) >= 5  # by EXIF orientation: what is stored as a row is seen as a column
 _MIRRORED_X = np.isin(np.arange(9), (2, 3, 7, 8))
 _MIRRORED_Y = np.isin(np.arange(9), (3, 4, 6, 7))
+
+
+def of_all(image: Image, headers: NDArray[np.void], draws: Draws, name: str, first: bool) -> NDArray[np.void]:
+    """``image.views`` of every image, one image after the other: VIEW[N * V].
+
+    Parameters
+    ----------
+    image : Image
+    headers : HEADER[N]
+    draws : Draws
+        Of N rows.
+    name : str
+        Of the output.
+    first : bool
+        Whether it is the column's first output: its numbers are those without a name.
+    """
+    base = "" if first else name  # so that different columns of a row stay paired
+    found = [views(image, headers, draws, base if k == 0 else f"{base}:{k}") for k in range(image.views)]
+    return found[0] if len(found) == 1 else np.stack(found, axis=1).reshape(-1)
 
 
 def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:
@@ -40,8 +59,31 @@ def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "
     stream : str
         Name of the random numbers; ``""`` for a column's first output.
     """
-    heights, widths = sizes(headers)
-    return of_regions(*regions(image, np.maximum(heights, 1), np.maximum(widths, 1), draws, stream))
+    library = kernels.tables_library()
+    if library is None or headers.dtype != HEADER:
+        heights, widths = sizes(headers)
+        return of_regions(*regions(image, np.maximum(heights, 1), np.maximum(widths, 1), draws, stream))
+    return _native(library, image, headers, draws, stream)
+
+
+def _native(library: Any, image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "") -> NDArray[np.void]:
+    """`views` in one call, or in two where none of the first tries fits an image; the numbers of `regions`."""
+    found, drawn = np.empty(len(headers), VIEW), _drawn(image, draws, stream)
+    crop = _crop(image)
+    few = _ratios(image, drawn[:, 4 : 4 + 2 * _FIRST : 2])
+    left = kernels.run_views(library, headers, crop, drawn, few, 0, None, found)
+    if len(left):
+        crop["last"] = 1
+        rest = _ratios(image, drawn[left, 4 + 2 * _FIRST :: 2])
+        kernels.run_views(library, headers, crop, drawn, rest, _FIRST, left, found)
+    return found
+
+
+def _crop(image: Image) -> NDArray[np.void]:
+    """CROP[] of an image."""
+    _, height, width = image.shape or (0, 1, 1)
+    mode = 0 if image.size is None else ("none", "center", "random").index(image.crop)
+    return np.array((image.scale, image.ratio, image.crop_ratio, image.flip, height, width, mode, 0), kernels.CROP)
 
 
 def of_regions(where: _F64, flips: NDArray[np.bool_]) -> NDArray[np.void]:
@@ -73,9 +115,8 @@ def regions(
     flips : bool[N]
     """
     h, w = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
-    needed = 3 + 2 * _TRIES if image.crop == "random" else int(image.flip > 0)  # a call costs 0.1 ms
-    drawn = draws.uniform(stream, needed) if needed else np.empty((len(h), 0))  # fewer are the same ones
-    flips: NDArray[np.bool_] = drawn[:, 0] < image.flip if needed else np.zeros(len(h), np.bool_)
+    drawn = _drawn(image, draws, stream)
+    flips: NDArray[np.bool_] = drawn[:, 0] < image.flip if drawn.shape[1] else np.zeros(len(h), np.bool_)
     half = np.full(len(h), 0.5)
     if image.crop == "none" or image.size is None:
         rw, rh, fx, fy = w, h, half, half
@@ -86,6 +127,12 @@ def regions(
         rw, rh, fits = _random_size(image, h, w, drawn[:, 3:])
         fx, fy = np.where(fits, drawn[:, 1], 0.5), np.where(fits, drawn[:, 2], 0.5)
     return np.stack([(w - rw) * fx, (h - rh) * fy, rw, rh], axis=1), flips
+
+
+def _drawn(image: Image, draws: Draws, stream: str) -> _F64:
+    """The uniforms that an image's region and flip need, as few as they are: f64[N, n]."""
+    needed = 3 + 2 * _TRIES if image.crop == "random" else int(image.flip > 0)
+    return draws.uniform(stream, needed) if needed else np.empty((len(draws.rows), 0))  # fewer are the same ones
 
 
 def windows(
@@ -221,6 +268,11 @@ def _random_size(image: Image, h: _F64, w: _F64, drawn: _F64) -> tuple[_F64, _F6
 def _tries(image: Image, h: _F64, w: _F64, drawn: _F64) -> tuple[_F64, _F64]:
     """Widths and heights of rectangles of a drawn area and ratio: f64[N, tries] each of uniforms f64[N, 2 * tries]."""
     area = (h * w)[:, None] * (image.scale[0] + drawn[:, 0::2] * (image.scale[1] - image.scale[0]))
-    low, high = math.log(image.ratio[0]), math.log(image.ratio[1])
-    ratio = np.exp(low + drawn[:, 1::2] * (high - low))
+    ratio = _ratios(image, drawn[:, 1::2])
     return np.sqrt(area * ratio), np.sqrt(area / ratio)
+
+
+def _ratios(image: Image, drawn: _F64) -> _F64:
+    """Width over height, log-uniform in `image.ratio`, of uniforms of any shape."""
+    low, high = math.log(image.ratio[0]), math.log(image.ratio[1])
+    return np.exp(low + drawn * (high - low))
