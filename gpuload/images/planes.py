@@ -102,15 +102,16 @@ def _interpolated(plane: NDArray[np.uint8], h: int, v: int, height: int, width: 
     i, j = x // h, y // v  # the nearest sample
     beside = np.clip(i - 1 + 2 * (x & 1), 0, columns - 1)  # the next nearest: left of even x, right of odd x
     below = np.clip(j - 1 + 2 * (y & 1), 0, rows - 1)  # above even y, below odd y
-    samples = plane.astype(np.int32)
+    samples: Any = plane.astype(np.int32)
+    found: NDArray[np.int32] = samples[j][:, i]
     if (h, v) == (2, 1) and columns > 2:
-        return (3 * samples[:, i] + samples[:, beside] + 1 + (x & 1)) >> 2
-    if (h, v) == (1, 2):
-        return (3 * samples[j] + samples[below] + 1 + (y & 1)[:, None]) >> 2
-    if (h, v) == (2, 2) and columns > 2:
+        found = (3 * samples[:, i] + samples[:, beside] + 1 + (x & 1)) >> 2
+    elif (h, v) == (1, 2):
+        found = (3 * samples[j] + samples[below] + 1 + (y & 1)[:, None]) >> 2
+    elif (h, v) == (2, 2) and columns > 2:
         sums = 3 * samples[j] + samples[below]
-        return (3 * sums[:, i] + sums[:, beside] + 8 - (x & 1)) >> 4
-    return samples[j][:, i]
+        found = (3 * sums[:, i] + sums[:, beside] + 8 - (x & 1)) >> 4
+    return found
 
 
 def _colour(y: NDArray[np.uint8], cb: NDArray[np.int32], cr: NDArray[np.int32]) -> NDArray[np.uint8]:
@@ -119,4 +120,5 @@ def _colour(y: NDArray[np.uint8], cb: NDArray[np.int32], cr: NDArray[np.int32]) 
     red = luma + ((91881 * cr + 32768) >> 16)
     green = luma + ((-22554 * cb - 46802 * cr + 32768) >> 16)
     blue = luma + ((116130 * cb + 32768) >> 16)
-    return np.clip(np.stack([red, green, blue], -1), 0, 255).astype(np.uint8)
+    found: NDArray[np.uint8] = np.clip(np.stack([red, green, blue], -1), 0, 255).astype(np.uint8)
+    return found
