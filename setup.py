@@ -10,7 +10,7 @@ cpu = Extension(
     "gpuload.kernels._cpu",  # a plain C library, loaded with ctypes: decoding, resize, and both in one call
     sources=["kernels/slice_cpu.cpp"],
     depends=[
-        *(f"kernels/{name}.cpp" for name in ("jpeg_region", "resize_cpu")),
+        *(f"kernels/{name}.cpp" for name in ("jpeg_stored", "jpeg_region", "resize_cpu")),
         *(f"kernels/{name}.h" for name in ("jpeg_huffman", "resize_cpu_body", "cpu_shim")),
         "kernels/resize_normalize.cu",
         "kernels/flags.py",

@@ -99,9 +99,10 @@ class LanceDataset(IterableDataset[Batch]):
         ``(batch, draws) → batch``, on the batch's stream. ``draws.uniform("name", n)`` is f64[B, n], on the host.
     device : str or torch.device
         ``"auto"`` is CUDA where there is a GPU.
-    decoder : {"auto", "cpu", "nvimgcodec", "dali"} or Decoder
-        ``"auto"`` is nvImageCodec on CUDA, libjpeg-turbo and Pillow on the CPU. ``"cpu"`` decodes on the host for
-        either.
+    decoder : {"auto", "cpu", "nvjpeg", "nvimgcodec", "dali"} or Decoder
+        ``"auto"`` is nvJPEG on a GPU with JPEG engines, nvImageCodec on another, libjpeg-turbo and Pillow on the CPU.
+        ``"cpu"`` decodes on the host for either. ``"nvjpeg"`` gives the CPU's pixels; threads to spare decode a fixed
+        share of its JPEG files, with ``"nvjpeg:alone"`` none.
         ``"nvimgcodec:parity"`` and ``"dali:parity"`` are slower and closest to the CPU's pixels. Or an object of your
         own with the members of `gpuload.Decoder`.
     on_error : {"raise", "skip", "mask", "replace"}
@@ -393,6 +394,7 @@ class LanceDataset(IterableDataset[Batch]):
             "resize": resize.implementation(self.device),
             **{name: self._counts[name] for name in counted},
             "images": self._decoded(decoder),
+            **({"decoder_facts": decoder.facts()} if hasattr(decoder, "facts") else {}),
             "stages": stages,
             "bottleneck": bottleneck(stages),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 from gpuload.errors import ConfigError, DeviceError, install
+
+_ALIGN = 256  # bytes, as any allocation on a GPU
 
 
 def choose_device(wish: str | torch.device) -> torch.device:
@@ -96,20 +99,27 @@ class Streams:
             tensor.record_stream(torch.cuda.current_stream(self.device))
 
     def upload(self, columns: dict[str, Any]) -> Any:
-        """Moves tensors of the host in `columns` to the device through page-locked memory; returns the event after."""
+        """Moves tensors of the host in `columns`, and in lists there, to the device: all in one page-locked buffer and
+        one copy, of which they become parts. Returns the event after."""
         if not self.cuda:
             return None
+        lists = {name: list(v) for name, v in columns.items() if isinstance(v, list) and v and _on_host(v[0])}
+        singles = {name: value for name, value in columns.items() if _on_host(value)}
         with torch.cuda.stream(self._copies):
-            for name, value in columns.items():
-                if isinstance(value, torch.Tensor) and not value.is_cuda:
-                    columns[name] = self._moved(value)
-                elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-                    columns[name] = [self._moved(each) for each in value]
+            moved = iter(self._moved([*singles.values(), *(each for found in lists.values() for each in found)]))
+            columns.update({name: next(moved) for name in singles})
+            columns.update({name: [next(moved) for _ in found] for name, found in lists.items()})
             return self.mark()
 
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = tensor.pin_memory() if tensor.numel() else tensor
-        return pinned.to(self.device, non_blocking=True)
+    def _moved(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors on the device, by one copy on the current stream."""
+        ends = list(itertools.accumulate(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors))
+        if not tensors or not ends[-1]:
+            return [tensor.to(self.device) for tensor in tensors]
+        buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+        for part, tensor in zip(_parts(buffer, ends, tensors), tensors, strict=True):
+            part.copy_(tensor)
+        return _parts(buffer.to(self.device, non_blocking=True), ends, tensors)
 
     def keep(self, columns: dict[str, Any]) -> None:
         """torch keeps the memory of `columns` until the calling thread's current stream is done with it."""
@@ -120,6 +130,19 @@ class Streams:
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.record_stream(stream)
+
+
+def _on_host(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_cuda
+
+
+def _parts(buffer: torch.Tensor, ends: list[int], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of the bytes up to each of `ends`, of the dtypes and shapes of `like`."""
+    starts = [0, *ends[:-1]]
+    return [
+        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=True)
+    ]
 
 
 @functools.cache

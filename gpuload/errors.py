@@ -102,6 +102,14 @@ class RowError(GpuloadError, ValueError):
         found.__cause__ = self.__cause__  # of somebody else's code, with its traceback
         return found
 
+    def bare(self) -> None:
+        """Lets go of the frames that it and what caused it were raised in. Whoever keeps it keeps those that called
+        them otherwise, a decoder with its threads and memory of a GPU, until the collector of cycles comes by."""
+        error: BaseException | None = self
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+
 
 class DecodeError(RowError):
     """An image that cannot be decoded: null, empty, broken, unknown format, too large."""

@@ -94,7 +94,7 @@ class Options:
             raise ConfigError(f"Expected to_tensor_fn as a function or None, got {self.to_tensor_fn!r}.")
         if self.device != "auto":
             choose_device(self.device)
-        check_decoder(self.decoder)
+        check_decoder(self.decoder, self.device)
         for name in ("dataset", "cache"):
             if isinstance(place := getattr(self, name), (str, Path)):
                 object.__setattr__(self, name, type(place)(os.path.expanduser(place)))

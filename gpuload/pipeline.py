@@ -204,6 +204,8 @@ class Pipeline:
             refused += taken.refused
             if taken.work is not None:
                 draft.works.append(taken.work)
+        for _, _, error in draft.fails:
+            error.bare()
         self._budget.weigh(draft.size + sum(work.size for work in draft.works))
         nulls = sum(int(flags.sum()) for flags in draft.nulls.values())
         self._count(bytes_read=draft.size, images_refused=refused, nulls=nulls)
@@ -247,6 +249,8 @@ class Pipeline:
                 draft.events.append(self._streams.upload(draft.values))
                 return part
             fails, event = part.work.run(part.lo, part.hi)
+            for _, _, error in fails:
+                error.bare()
             draft.fails.extend(fails)
             draft.events.append(event)
         return part

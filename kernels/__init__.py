@@ -89,6 +89,7 @@ def cpu_library() -> ctypes.CDLL | None:
     library.gpuload_fill.argtypes = [pointer, number, number, pointer, number, pointer]
     library.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
     library.gpuload_jpeg_read.argtypes = [pointer, number]
+    library.gpuload_jpeg_stored.argtypes = [pointer, number]
     return library
 
 

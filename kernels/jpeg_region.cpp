@@ -103,6 +103,7 @@ struct Library {
   void (*crop)(Decompress*, unsigned*, unsigned*);
   unsigned (*skip)(Decompress*, unsigned);
   unsigned (*read)(Decompress*, unsigned char**, unsigned);
+  unsigned (*raw)(Decompress*, unsigned char***, unsigned);  // for jpeg_stored.cpp
   void (*abort)(Decompress*);
   void (*destroy)(Decompress*);
 } jpeg;
@@ -220,11 +221,11 @@ extern "C" int gpuload_jpeg_open(const char* path) {
   Library found;
   void** slots[] = {(void**)&found.std_error, (void**)&found.create, (void**)&found.memory, (void**)&found.header,
                     (void**)&found.start,     (void**)&found.crop,   (void**)&found.skip,   (void**)&found.read,
-                    (void**)&found.abort,     (void**)&found.destroy};
+                    (void**)&found.abort,     (void**)&found.destroy, (void**)&found.raw};
   const char* names[] = {"jpeg_std_error",        "jpeg_CreateDecompress", "jpeg_mem_src",        "jpeg_read_header",
                          "jpeg_start_decompress", "jpeg_crop_scanline",    "jpeg_skip_scanlines", "jpeg_read_scanlines",
-                         "jpeg_abort_decompress", "jpeg_destroy_decompress"};
-  for (int i = 0; i < 10; ++i)
+                         "jpeg_abort_decompress", "jpeg_destroy_decompress", "jpeg_read_raw_data"};
+  for (int i = 0; i < 11; ++i)
     if (!(*slots[i] = dlsym(library, names[i]))) return 2;
   jpeg = found;
   return decoder().make() ? 0 : 3;

@@ -25,11 +25,13 @@ from gpuload import (
     Text,
     device,
 )
+from gpuload.images.decode import libnvjpeg
 from gpuload.images.decode.choose import make_decoder
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.dali import DaliDecoder
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
+from gpuload.images.decode.nvjpeg import NvJpegDecoder, default_share
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in most tests here
@@ -38,10 +40,11 @@ Store = Callable[..., str]
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch says that there are two, the second being current."""
+    """torch says that there are two, the second being current; there is no libnvjpeg to ask about their engines."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(libnvjpeg, "library", lambda: None)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -84,6 +87,37 @@ def test_a_decoder_is_what_its_name_says(wish: str, where: torch.device, kind: t
     made = make_decoder(wish, where, 1000, 4)
     assert type(made) is kind
     assert (made.name, made.device) == (name, where)
+
+
+@pytest.mark.parametrize(("engines", "wish", "kind", "share"), [
+    (7, "auto", NvJpegDecoder, default_share(16, 7)),
+    (7, "nvjpeg", NvJpegDecoder, default_share(16, 7)),
+    (1, "nvjpeg:alone", NvJpegDecoder, 0),
+    (7, "nvimgcodec", NvImageCodecDecoder, None),
+    (0, "auto", NvImageCodecDecoder, None),
+])  # fmt: skip
+@pytest.mark.usefixtures("two_gpus")
+def test_the_decoder_of_a_card_depends_on_its_engines(
+    engines: int, wish: str, kind: type, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libnvjpeg, "library", lambda: "libnvjpeg")
+    monkeypatch.setattr(libnvjpeg, "engines", lambda library, where: engines if where == CUDA else 0)
+    made: Any = make_decoder(wish, CUDA, 1000, 16)
+    assert type(made) is kind
+    if share is not None:
+        assert made.name == "nvjpeg"
+        assert made.facts()["engines"] == engines
+        assert made.facts()["host_share"] == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_nvjpeg_without_an_engine_is_an_error_and_never_a_slower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match=r'libnvjpeg for decoder="nvjpeg", got none.*pip install'):
+        make_decoder("nvjpeg", CUDA, 1000)
+    monkeypatch.setattr(libnvjpeg, "library", lambda: "libnvjpeg")
+    monkeypatch.setattr(libnvjpeg, "engines", lambda library, where: 0)
+    with pytest.raises(DeviceError, match='JPEG engine for decoder="nvjpeg", got cuda:0 without one'):
+        make_decoder("nvjpeg", CUDA, 1000)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +166,8 @@ def test_a_dataset_that_nobody_closes_takes_its_decoder_along(name: str, kind: t
 
 
 def test_an_unknown_decoder_is_refused_when_the_dataset_is_made(photos: str) -> None:
-    with pytest.raises(ConfigError, match=r"Expected decoder as one of .*nvimgcodec:parity.* got 'nvjpeg'"):
-        LanceDataset(photos, 4, device="cpu", decoder="nvjpeg")
+    with pytest.raises(ConfigError, match=r"Expected decoder as one of .*nvimgcodec:parity.* got 'turbo'"):
+        LanceDataset(photos, 4, device="cpu", decoder="turbo")
 
 
 def test_without_images_no_package_is_needed(store: Store, two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,31 +429,45 @@ def test_memory_is_kept_for_every_stream_that_writes_to_it(current: list[Stream]
     assert memory.streams == [other]
 
 
-def test_what_is_no_image_goes_up_through_pinned_memory_on_a_stream_of_its_own(
+def test_what_is_no_image_goes_up_in_one_pinned_copy_on_a_stream_of_its_own(
     current: list[Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved = []
+    pinned, moved, empty = list[Any](), list[Any](), torch.empty
+
+    def locked(size: int, *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        assert pin_memory
+        pinned.append(empty(size, dtype=dtype))
+        return pinned[-1]
 
     def to(tensor: torch.Tensor, where: Any, non_blocking: bool = False) -> Any:
-        moved.append((getattr(tensor, "pinned", False), where, non_blocking, current[-1]))
-        return on_cuda()
+        moved.append((tensor is pinned[-1], where, non_blocking, current[-1]))
+        return tensor.clone()
 
-    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = tensor.clone()
-        pinned.pinned = True  # type: ignore[attr-defined]
-        return pinned
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "empty", locked)
     monkeypatch.setattr(torch.Tensor, "to", to)
     streams = device.Streams(CUDA)
-    columns: dict[str, Any] = {"ids": torch.ones(3), "none": torch.ones(0), "words": ["a"], "there": on_cuda()}
+    given: dict[str, Any] = {
+        "ids": torch.arange(12).view(3, 4).T,
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.ones(0, 2),
+        "one": torch.tensor(2.5, dtype=torch.float16),
+        "boxes": [torch.rand(2, 4), torch.rand(0, 4), torch.rand(1, 4)],
+    }
+    columns = {**given, "words": ["a"], "there": on_cuda()}
     there = columns["there"]
     event = streams.upload(columns)
     assert event.stream is not current[0], "the consumer's stream is left alone"
-    assert moved == [(True, CUDA, True, event.stream), (False, CUDA, True, event.stream)]
+    assert moved == [(True, CUDA, True, event.stream)], "one copy for all"
+    for name, value in given.items():
+        for one, other in zip(*([v] if torch.is_tensor(v) else v for v in (columns[name], value)), strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(one, other)
     assert columns["there"] is there
     assert columns["words"] == ["a"]
     assert current == [current[0]]
+    moved.clear()
+    streams.upload({"words": ["a"], "there": there, "empty": []})
+    assert not moved
 
 
 def test_on_the_cpu_streams_do_nothing() -> None:

@@ -20,19 +20,20 @@ from test_images import FILES
 
 from gpuload import DecodeError, Decoder, Image, LanceDataset, Ragged, Text
 from gpuload.images import PIXELS, VIEW, put_whole, views
-from gpuload.images.decode import libjpeg
+from gpuload.images.decode import libjpeg, libnvjpeg
 from gpuload.images.decode.choose import make_decoder
 from gpuload.images.resize import resize_normalize, resize_twin
 from gpuload.order.draws import Draws
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")]
 
-DECODERS = ["nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity", "cpu"]
+DECODERS = ["nvjpeg:alone", "nvimgcodec", "nvimgcodec:parity", "dali", "dali:parity", "cpu"]
 # What a GPU's JPEG may differ from Pillow, by mode: (lowest PSNR in dB, largest difference in grey levels).
 # Without interpolation of chroma, libjpeg-turbo itself has 38.5 dB and 17 on these photos (4:2:0); with it, another
-# inverse DCT has 45.4 dB and 5. The host's pixels are Pillow's.
-LIMITS = {"": (36.0, 40), "parity": (42.0, 16), "cpu": (99.0, 0)}
+# inverse DCT has 45.4 dB and 5. The host's pixels and nvJPEG's are Pillow's.
+LIMITS = {"": (36.0, 40), "parity": (42.0, 16), "exact": (99.0, 0)}
 LEVELS = {mode: most / 255 for mode, (_, most) in LIMITS.items()}  # a crop may be enlarged, so nothing evens out
+EXACT = ("cpu", "nvjpeg")
 HOST = "simplejpeg" if libjpeg.library() is None else "libjpeg-turbo"  # what decodes plain JPEG on the host
 Store = Callable[..., str]
 
@@ -43,7 +44,7 @@ def gpu() -> torch.device:
 
 def limits(decoder: str) -> tuple[float, int]:
     name, _, mode = decoder.partition(":")
-    return LIMITS["cpu" if name == "cpu" else mode]
+    return LIMITS["exact" if name in EXACT else mode]
 
 
 def need(decoder: str) -> None:
@@ -134,7 +135,9 @@ def test_odd_formats_are_pillows(name: str, decoder: Decoder) -> None:
     assert not errors
     for kind, pixels, file in zip(kinds, found, data, strict=True):
         expected = by_pillow(file, orient=False).transpose(1, 2, 0)
-        if kind.startswith("jpeg") and kind != "jpeg_rgb" and "cpu" not in name:  # 17 x 23 pixels of coloured noise
+        if (
+            kind.startswith("jpeg") and kind != "jpeg_rgb" and name.partition(":")[0] not in EXACT
+        ):  # 17 x 23 pixels of coloured noise
             assert psnr(pixels, expected) >= (36 if "parity" in name else 20), kind
         else:
             np.testing.assert_array_equal(pixels, expected, err_msg=kind)
@@ -241,7 +244,7 @@ def test_an_epoch_is_the_cpus_with_its_crops_and_flips(name: str, shots: str) ->
             difference = (ours[column].cpu().float() - expected[column].float()).abs()
             # another crop, flip or row differs by 0.1 and more on average
             assert difference.mean(dim=(1, 2, 3)).max() < 0.02
-            assert difference.max() <= (2e-3 if name == "cpu" else LEVELS[name.partition(":")[2]])
+            assert difference.max() <= (2e-3 if name.partition(":")[0] in EXACT else LEVELS[name.partition(":")[2]])
     counted = dataset.stats()["images"]
     assert counted["failed"] == 0
     assert sum(counted.values()) == 480
@@ -311,10 +314,10 @@ def _counting(size: int) -> torch.Tensor:
     return _COUNTING[size]
 
 
-@pytest.mark.parametrize("name", ["nvimgcodec", "dali", "cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["nvjpeg:alone", "nvimgcodec", "dali", "cpu"], indirect=True)
 def test_ten_thousand_batches_on_another_stream_without_a_wrong_value(name: str, tiny: str) -> None:
     # the whole count for the default decoder, a tenth for the others
-    epochs = 10 if name == "nvimgcodec" else 1
+    epochs = 10 if name.startswith("nv") else 1
     options: dict[str, Any] = {"transforms": {"image": Image(32, crop="none")}, "device": "cuda", "decoder": name}
     dataset = LanceDataset(tiny, 4, batch_readahead=6, **options)
     expected = first_pass(dataset)
@@ -420,13 +423,20 @@ def test_the_consumers_thread_waits_for_the_gpu_nowhere(shots: str) -> None:
 
 
 def test_what_runs_is_said(shots: str) -> None:
-    need("nvimgcodec")
+    library = libnvjpeg.library()
+    chosen = "nvjpeg" if library is not None and libnvjpeg.engines(library, gpu()) else "nvimgcodec"
+    need(chosen)
     dataset = LanceDataset(shots, 16, columns=["image"], transforms={"image": Image(64)}, device="auto")
     assert dataset.device == gpu()
     list(dataset)
     stats = dataset.stats()
-    assert (stats["decoder"], stats["resize"]) == ("nvimgcodec", "cuda")
+    assert (stats["decoder"], stats["resize"]) == (chosen, "cuda")
     assert torch.cuda.get_device_name() in stats["device"]
-    assert {name: count for name, count in stats["images"].items() if count} == {"nvimgcodec": 240}
-    assert "decoder='nvimgcodec', resize='cuda'" in repr(dataset)
+    counted = {name: count for name, count in stats["images"].items() if count}
+    assert counted.keys() <= ({"nvjpeg", HOST} if chosen == "nvjpeg" else {"nvimgcodec"})
+    assert sum(counted.values()) == 240
+    if chosen == "nvjpeg":
+        assert stats["decoder_facts"]["not_the_hosts_pixels"] == []
+        assert stats["decoder_facts"]["calls_repeated"] == 0
+    assert f"decoder={chosen!r}, resize='cuda'" in repr(dataset)
     dataset.close()

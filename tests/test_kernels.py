@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -89,23 +87,6 @@ def case(seed: int, image: Image) -> tuple[Ragged, np.ndarray]:
 def missing(wanted: np.ndarray) -> torch.Tensor:
     """bool[M]: the views of the image that is not there."""
     return torch.from_numpy(wanted["image"] == MISSING)
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds a library from the sources as they are now, with the flags of the installation and some more."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    assert compiler, "Expected a C++ compiler to test the kernel source with, got none. Do: apt install g++, or set CXX"
-
-    @cache
-    def compiled(path: Path, *more: str) -> Path:
-        target = tmp_path_factory.mktemp("build") / f"{path.stem}.so"
-        command = [compiler, *kernels.flags.CXX, *more, f"-I{FOLDER}", "-fPIC", "-shared", "-o", str(target)]
-        built = subprocess.run([*command, str(path)], capture_output=True, text=True)
-        assert built.returncode == 0, built.stderr
-        return target
-
-    return compiled
 
 
 @pytest.fixture(params=["literal", "fast", "baseline"])

@@ -18,6 +18,7 @@ from gpuload import HEADER, Image, Ragged
 from gpuload.images import VIEW, sizes, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
+from gpuload.images.planes import PLANES, ycc_to_rgb
 from gpuload.images.resize import resize_normalize
 from gpuload.order.draws import Draws
 
@@ -309,3 +310,24 @@ def test_the_compiled_windows_are_the_twins(data: st.DataObject) -> None:
         found = views.windows(wanted, table, size, given_scales)
         np.testing.assert_array_equal(found, views.windows_twin(wanted, table, size, given_scales))
         assert ((found[:, 2] > 0) == np.isin(np.arange(n), wanted["image"])).all()
+
+
+@pytest.mark.parametrize(("sampling", "h", "v"), [("4:4:4", 1, 1), ("4:2:2", 2, 1), ("4:2:0", 2, 2), ("gray", 0, 0)])
+def test_planes_are_what_pillows_pixels_come_from(sampling: str, h: int, v: int) -> None:
+    height, width = 37, 51
+    options = {} if sampling == "gray" else {"subsampling": sampling}
+    file = encode(picture(height, width, mode="RGB" if h else "L"), "JPEG", **options)
+    chroma = [(-(-height // v), -(-width // h))] * 2 if h else []
+    found = libjpeg.planes(file, [(height, width), *chroma])
+    assert found is not None
+    out, row = np.zeros((height, width, 3), np.uint8), np.zeros(1, PLANES)
+    for name, plane in zip(("y", "cb", "cr"), found, strict=False):
+        row[name], row["pitch_y" if name == "y" else "pitch_c"] = plane.ctypes.data, plane.shape[1]
+    row["height"], row["width"], row["h"], row["v"] = height, width, max(h, 1), max(v, 1)
+    row["out"], row["out_pitch"] = out.ctypes.data, width * 3
+    ycc_to_rgb(row, None)
+    np.testing.assert_array_equal(out, by_pillow(file).transpose(1, 2, 0))
+    for wrong in ([(height, width)] * 3, [(height, width + 1), *chroma], [(height, width)] * 2):
+        if wrong != [(height, width), *chroma]:
+            with pytest.raises(ValueError, match="Expected a JPEG file with planes of"):
+                libjpeg.planes(file, wrong)

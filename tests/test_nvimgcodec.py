@@ -378,19 +378,28 @@ def test_dali_leaves_one_bad_image_to_the_host_and_decodes_the_others(
     assert len(runs) == (2 if named else 7), "halves, halves of the half, and so on"
 
 
-def test_threads_of_the_host_end_with_a_dataset_that_nobody_closed(store: Callable[..., str]) -> None:
-    files = [encode(picture(30, 40, i), "PNG") for i in range(12)] + [jpeg(30, 40, i) for i in range(12)]
-    decoder = LaneDecoder(CPU, LIMIT, 3)
-    dataset = LanceDataset(store({"image": files}), 24, transforms={"image": Image(8)}, device="cpu", decoder=decoder)
+@pytest.mark.parametrize("policy", ["mask", "skip", "raise"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_threads_of_the_host_end_with_a_dataset_that_nobody_closed(
+    kind: str, policy: Any, store: Callable[..., str]
+) -> None:
+    """Bad rows or not: an error must not keep the frames that it came from, and the decoder in them."""
+    files: list[bytes | None] = [encode(picture(30, 40, i), kind) for i in range(6) for kind in ("PNG", "GIF")]
+    files += [None, b"x", jpeg(60, 60)[:900], encode(picture(30, 40), "PNG")[:700], encode(picture(30, 40), "GIF")[:99]]
+    path = store({"image": files if policy != "raise" else files[:12]})
+    decoder = DECODERS[kind](CPU, LIMIT, 3)
+    decoder.whole_batches = True  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"transforms": {"image": Image(8)}, "device": "cpu", "on_error": policy}
+    dataset = LanceDataset(path, len(files), decoder=decoder, **options)
 
     def threads() -> list[str]:
         return [thread.name for thread in gpuload_threads() if thread.name.startswith("gpuload-host")]
 
-    assert len(list(dataset)) == 1
-    assert threads()
     gc.collect()
     gc.disable()  # nor do they wait for the collector of cycles
     try:
+        assert len(list(dataset)) == 1
+        assert threads()
         del dataset, decoder
         end = time.monotonic() + 5
         while threads() and time.monotonic() < end:

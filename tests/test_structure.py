@@ -25,10 +25,11 @@ order.state
 tables tables.malloc tables.fork tables.reading tables.projection tables.lance tables.mix tables.versions
 tables.together
 order.samplers order.weighted order.turns order.mix order.choose
-images images.transform images.encoded images.headers images.pillow images.views images.resize
+images images.transform images.encoded images.headers images.pillow images.views images.resize images.planes
 images.augment images.header_sizes order.buckets
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
-images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
+images.decode.arena images.decode.lanes images.decode.libnvjpeg images.decode.nvjpeg
+images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.values fields.tokens fields.text
 fields.numbers fields.lists fields.image fields.boxes fields.mask fields.raw fields.bytes fields.choose
 batch augment.rows augment.colour augment.blur augment.erase augment.auto augment.mixing augment

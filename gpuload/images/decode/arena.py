@@ -54,7 +54,8 @@ class Slot:
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
-        self._event: Any = None
+        self._mark = event(device)  # recorded again and again
+        self._event: Any = None  # what it became, until it was waited for
         self._lent = False
         self.keep: list[Any] = []
 
@@ -95,7 +96,7 @@ class Slot:
     def done(self) -> None:
         """All that reads this slot is on the stream by now."""
         if self._stream is not None:
-            self._event = self._stream.record_event(event(self._device))
+            self._event = self._stream.record_event(self._mark)
         self._lent = False
 
     def _synchronize(self) -> None:

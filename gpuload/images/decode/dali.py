@@ -101,7 +101,14 @@ class DaliDecoder(LaneDecoder):
         return 0
 
     def _run(
-        self, lane: Lane[Any], slot: Slot, arena: torch.Tensor, table: NDArray[np.void], claimed: dict[int, Any]
+        self,
+        lane: Lane[Any],
+        slot: Slot,
+        arena: torch.Tensor,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        table: NDArray[np.void],
+        claimed: dict[int, Any],
     ) -> list[int]:
         start = arena.data_ptr()
         slot.keep.append(claimed)  # no_copy: DALI reads the encoded bytes where they are

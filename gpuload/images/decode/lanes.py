@@ -74,7 +74,14 @@ class LaneDecoder:
         return {}
 
     def _run(
-        self, lane: Lane[Any], slot: Slot, arena: torch.Tensor, table: NDArray[np.void], claimed: dict[int, Any]
+        self,
+        lane: Lane[Any],
+        slot: Slot,
+        arena: torch.Tensor,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        table: NDArray[np.void],
+        claimed: dict[int, Any],
     ) -> list[int]:
         """Decode what was claimed to its place in the arena, or set its place; returns what could not be decoded."""
         return []
@@ -91,11 +98,12 @@ class LaneDecoder:
         if claimed:
             mine = np.fromiter(claimed, np.intp, len(claimed))
             rows = np.zeros(len(mine), PIXELS)
-            put_whole(rows, headers["height"][mine], headers["width"][mine], 3, headers["orientation"][mine])
+            channels = self._channels(headers[mine])
+            put_whole(rows, headers["height"][mine], headers["width"][mine], channels, headers["orientation"][mine])
             table[mine], rest[mine] = rows, False
         arena = slot.arena(self._room(table, claimed))
         if claimed:
-            failed = self._run(lane, slot, arena, table, claimed)
+            failed = self._run(lane, slot, arena, encoded, headers, table, claimed)
             table[failed] = 0
             rest[failed] = True
         self._on_host(slot, arena, encoded, headers, np.flatnonzero(rest), windows, table, errors)
@@ -104,6 +112,10 @@ class LaneDecoder:
         self._tell(claimed, failed, errors)
         self._host.count("failed", len(errors))
         return Ragged(arena, table, errors, Lease(self._lanes, lane, slot))
+
+    def _channels(self, headers: NDArray[np.void]) -> Any:
+        """Of the pixels that it makes of images with these HEADER[K]: a number, or i[K]."""
+        return 3
 
     def _room(self, table: NDArray[np.void], claimed: dict[int, Any]) -> int:
         """Bytes of the arena that what was claimed needs."""

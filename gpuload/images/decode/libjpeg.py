@@ -40,6 +40,21 @@ PART = np.dtype(  # struct Part of kernels/jpeg_region.cpp
         ("reserved", np.int32),
     ]
 )
+PLANES_OF = np.dtype(  # struct Planes of kernels/jpeg_stored.cpp
+    [
+        ("data", np.uint64),
+        ("size", np.int64),
+        ("plane", np.uint64, (3,)),
+        ("pitch", np.int64, (3,)),
+        ("room", np.int64, (3,)),
+        ("w", np.int32, (3,)),
+        ("h", np.int32, (3,)),
+        ("components", np.int32),
+        ("lenient", np.int32),
+        ("status", np.int32),
+        ("reserved", np.int32),
+    ]
+)
 BLOCK = 32  # pixels: how far to the left of the window decoding may begin (four blocks of eight)
 _EIGHTHS = np.array([1, 2, 4, 8])  # the scales whose DCT is vectorised
 
@@ -130,3 +145,26 @@ def read(parts: NDArray[np.void]) -> None:
     if not own_coefficients():
         parts["theirs"] = 1
     found.gpuload_jpeg_read(parts.ctypes.data, len(parts))
+
+
+def planes(file: bytes, shapes: list[tuple[int, int]]) -> list[NDArray[np.uint8]] | None:
+    """The planes of a JPEG file as they are stored, u8[h, w] each, of these shapes; None without the compiled reader.
+
+    Raises
+    ------
+    ValueError
+        The file cannot be decoded, or its planes have other shapes.
+    """
+    found = library()
+    if found is None:
+        return None
+    source, row = np.frombuffer(file, np.uint8), np.zeros(1, PLANES_OF)
+    made = [np.zeros(shape, np.uint8) for shape in shapes]
+    row["data"], row["size"] = source.ctypes.data, len(source)
+    for c, plane in enumerate(made):
+        row["plane"][0, c], row["pitch"][0, c], row["room"][0, c] = plane.ctypes.data, plane.shape[1], plane.size
+    found.gpuload_jpeg_stored(row.ctypes.data, 1)
+    sizes = list(zip(row["h"][0].tolist(), row["w"][0].tolist(), strict=True))[: len(made)]
+    if row["status"][0] or row["components"][0] != len(made) or sizes != shapes:
+        raise ValueError(f"Expected a JPEG file with planes of {shapes}, got {sizes}, status {row['status'][0]}.")
+    return made

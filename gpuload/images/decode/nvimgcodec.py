@@ -175,7 +175,14 @@ class NvImageCodecDecoder(LaneDecoder):
         return claimed
 
     def _run(
-        self, lane: Lane[Any], slot: Slot, arena: torch.Tensor, table: NDArray[np.void], claimed: dict[int, Any]
+        self,
+        lane: Lane[Any],
+        slot: Slot,
+        arena: torch.Tensor,
+        encoded: Encoded,
+        headers: NDArray[np.void],
+        table: NDArray[np.void],
+        claimed: dict[int, Any],
     ) -> list[int]:
         self._ready(lane, len(table))
         start, rows = arena.data_ptr(), table[list(claimed)]
