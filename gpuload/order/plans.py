@@ -74,7 +74,10 @@ def _sized(part: Callable[[], Selection], size: tuple[int, int]) -> Selection:
 def save(sampler: Any, table: Table, options: Options, place: Position) -> dict[str, Any]:
     """`place` as JSON."""
     found = planner(sampler, "state_dict()")
-    return state.save(place, _identity(found, table, options), found.world_size)
+    identity = _identity(found, table, options)
+    if options.split is None:
+        del identity["split"]  # without one a state has the keys that it always had
+    return state.save(place, identity, found.world_size)
 
 
 def restore(sampler: Any, table: Table, options: Options, saved: object) -> tuple[Position, bool]:
