@@ -163,7 +163,7 @@ int fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64
 extern "C" int gpuload_fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64_t k_outputs,
                             int64_t* tally) {
   try {
-    return decoder().make() ? fill(parts, count, first, outputs, k_outputs, tally) : 3;
+    return fill(parts, count, first, outputs, k_outputs, tally);
   } catch (const std::bad_alloc&) {
     return 1;
   }

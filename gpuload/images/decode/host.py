@@ -35,6 +35,15 @@ def plain(headers: NDArray[np.void]) -> NDArray[np.bool_]:
     return found
 
 
+def with_codes(headers: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which JPEG files of HEADER[N] bring the Huffman tables that files of their kind use: 0 for gray, 0 and 1 for
+    colour. libjpeg has standard ones for the others (frames of Motion JPEG); a GPU's decoder need not."""
+    wanted = np.where(headers["components"] == 1, 1, 3)
+    later = headers["process"] == 2  # progressive: those for AC may follow the first scan
+    found: NDArray[np.bool_] = (headers["dc"] & wanted == wanted) & (later | (headers["ac"] & wanted == wanted))
+    return found
+
+
 class Host:
     """Decodes on the host and counts images by the library that read them. May be used by many threads at once.
 
