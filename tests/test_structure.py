@@ -24,7 +24,7 @@ order order.philox order.permutation order.draws order.orders order.cut order.ra
 tables tables.malloc tables.fork tables.projection tables.lance tables.together
 order.samplers order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize
-images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
+images.decode images.decode.libjpeg images.decode.host images.decode.room images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.text fields.numbers fields.lists fields.image fields.bytes fields.choose
 batch

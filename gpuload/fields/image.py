@@ -24,7 +24,7 @@ from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, storage_type
 from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, views
-from gpuload.images.decode import libjpeg
+from gpuload.images.decode import libjpeg, room
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
 from gpuload.images.transform import Image
@@ -110,7 +110,7 @@ class _Work:
         self._line = None
         if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
             self._line = parts.decoder.line(found, table, self._windows, self._scales)
-        self.cost = found.size
+        self.cost, self.room = found.size, room.decoding(table, found.size, self._windows)
         self.size = sum(_bytes(output.image, table) for output in outputs)
         for output in outputs:
             if output.image.shape is None:
