@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
-from gpuload.device import Streams, choose_device, describe, threads_here
+from gpuload.device import Streams, choose_device, describe, memory_ahead, threads_here
 from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import fields, resolve
@@ -73,8 +73,10 @@ class LanceDataset(IterableDataset[Batch]):
         What ranks divide: batches (the default, always equal) or whole fragments.
     batch_readahead : int
         Batches under way at most, from the beginning of their reading until the loop takes them.
-    readahead_bytes : int
-        And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
+    readahead_bytes : int, optional
+        And by this. It bounds together the batches under way, encoded and finished, each as large as the largest so
+        far, and what is being decoded, by what headers say: what does not fit waits. Beyond it are allowed one batch,
+        and one image, which is decoded alone. 1 GiB by default; on a GPU a twelfth of its memory where that is more.
     to_tensor_fn : callable or None, optional
         Called with each RecordBatch instead of gpuload's conversion; None yields the RecordBatches.
     sampler : lance.sampler.Sampler, optional
@@ -139,7 +141,7 @@ class LanceDataset(IterableDataset[Batch]):
         seed: int = 0,
         num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
-        readahead_bytes: int = 1 << 30,
+        readahead_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if args:
@@ -250,8 +252,9 @@ class LanceDataset(IterableDataset[Batch]):
 
     @property
     def readahead_bytes(self) -> int:
-        """Bytes that these may take."""
-        return self._options.readahead_bytes
+        """Bytes that these may take, and what is being decoded."""
+        given = self._options.readahead_bytes
+        return memory_ahead(self.device) if given is None else given
 
     @property
     def transforms(self) -> Mapping[str, Image | Text]:
@@ -410,7 +413,7 @@ class LanceDataset(IterableDataset[Batch]):
         self._fill_cache()
         steps, reads = plans.reads(self._sampler(), source, options, place)
         if options.to_tensor_fn is not NOT_GIVEN:
-            bounds = (options.batch_readahead, options.readahead_bytes)
+            bounds = (options.batch_readahead, self.readahead_bytes)
             converter = source.hf_converter()
             return steps, raw_batches(reads, options.to_tensor_fn, converter, *bounds, self._clocks["read"])
         streams, clocks, decoder = Streams(self.device), self._clocks, self._decode_with()

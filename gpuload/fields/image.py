@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Fails, Field, Known, Parts, Taken, storage_type
-from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, views
+from gpuload.images import Encoded, Ragged, encoded, headers, pillow, resize, sizes, views
 from gpuload.images.decode import libjpeg, room
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
@@ -95,8 +95,10 @@ class _Output:
     name: str
     image: Image
     views: NDArray[np.void]  # VIEW[N]
-    made: Any = None  # Tensor[N, C, H, W], or a list of N where every image keeps its size
+    made: Any = None  # Tensor[N, C, H, W], or a list of N where images keep sizes that differ
     event: Any = None  # after its memory was allocated
+    shape: tuple[int, ...] | None = None  # of each image, None where sizes differ
+    missing: set[int] = field(default_factory=set)  # images that were not decoded, where `made` has a place for them
 
 
 class _Work:
@@ -113,7 +115,8 @@ class _Work:
         self.cost, self.room = found.size, room.decoding(table, found.size, self._windows)
         self.size = sum(_bytes(output.image, table) for output in outputs)
         for output in outputs:
-            if output.image.shape is None:
+            output.shape = output.image.shape or _common(output.image, table)
+            if output.shape is None:
                 output.made = [None] * len(found)
             elif not len(found):
                 self._room(output)
@@ -146,9 +149,12 @@ class _Work:
         streams, values = self._parts.streams, dict[str, Any]()
         for output in self._outputs:
             values[output.name] = output.made
-            if isinstance(output.made, list):
-                streams.keep({output.name: output.made})
-                values[output.name] = _stacked(output.made, output.image, streams.device)
+            if output.missing and output.made is not None:
+                output.made[sorted(output.missing)] = 0
+            if output.made is None or isinstance(output.made, list):
+                images = output.made or [None] * len(output.views)  # none was decoded
+                streams.keep({output.name: images})
+                values[output.name] = _stacked(images, output.image, streams.device)
         return values
 
     def _plan(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
@@ -170,7 +176,7 @@ class _Work:
         with self._lock:
             if output.made is None:
                 layout = torch.channels_last if output.image.channels_last else torch.contiguous_format
-                shape = (len(output.views), *(output.image.shape or ()))
+                shape = (len(output.views), *(output.shape or ()))
                 output.made = torch.empty(shape, dtype=output.image.dtype, memory_format=layout, device=streams.device)
                 output.event = streams.mark()
             made: torch.Tensor = output.made
@@ -186,8 +192,15 @@ class _Work:
             with self._parts.resize.timed(), span("gpuload.resize"):
                 resize.resize_normalize(ragged, wanted, output.image, out[lo:hi])
             return
-        for i in np.flatnonzero(ragged.table["height"]).tolist():
-            output.made[lo + i] = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
+        decoded = ragged.table["height"] > 0
+        for i in np.flatnonzero(decoded).tolist():
+            pixels = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
+            if output.shape is None:
+                output.made[lo + i] = pixels
+            else:  # at once to its place: a batch of large images would be there twice
+                self._room(output)[lo + i] = pixels
+        if output.shape is not None:
+            output.missing.update((lo + np.flatnonzero(~decoded)).tolist())
 
 
 def _bytes(image: Image, table: NDArray[np.void]) -> int:
@@ -196,6 +209,14 @@ def _bytes(image: Image, table: NDArray[np.void]) -> int:
         return len(table) * image.dtype.itemsize * math.prod(image.shape)
     pixels = int((table["height"].astype(np.int64) * table["width"]).sum())
     return pixels * image.channels * image.dtype.itemsize
+
+
+def _common(image: Image, table: NDArray[np.void]) -> tuple[int, int, int] | None:
+    """(C, H, W) of images that keep their sizes, if these agree."""
+    tall, wide = sizes(table[table["height"] > 0])
+    if not len(tall) or (tall != tall[0]).any() or (wide != wide[0]).any():
+        return None
+    return image.channels, int(tall[0]), int(wide[0])
 
 
 def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.device) -> Any:

@@ -43,7 +43,8 @@ def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, erro
         if not sized:
             header["height"], header["width"], header["channels"] = image.height, image.width, channels(image)
             header["precision"] = 16 if image.mode.startswith("I") else 0 if image.mode == "F" else 8
-            encoded.opened[i] = image
+            if image.format in _SIZED:  # those that are loaded by now would hold their pixels for the whole batch
+                encoded.opened[i] = image
 
 
 def load(encoded: Encoded, i: int, header: Any, max_pixels: int) -> NDArray[np.uint8]:
@@ -77,6 +78,8 @@ def to_uint8(image: pillow.Image) -> NDArray[np.uint8]:
     """u8[H, W, 1 or 3]. Alpha is dropped, not blended. 16-bit samples keep their high byte, where Pillow clips."""
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
         return (np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
+    if image.mode in ("L", "RGB"):  # not converted, which would be a copy
+        return np.asarray(image).reshape(image.height, image.width, -1)
     if channels(image) == 1:
         return np.asarray(image.convert("L"))[:, :, None]
     if image.mode in ("P", "PA") and "transparency" in image.info:

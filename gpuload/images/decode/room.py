@@ -8,12 +8,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuload.images import KINDS
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.host import plain
 
-# Bytes a pixel. Pillow takes 4 to 14 at its peak, 22 for WebP and 19 for JPEG 2000, measured over 16 kinds of files of 20
-# million pixels; beside it is the arena that the pixels are copied to.
-_BY_PILLOW = 20
+# Bytes a pixel: Pillow's peak, measured with files of 20 million pixels (4 to 14; 18 to 22 for the second), and 3 of the
+# arena that the pixels are copied to.
+_BY_PILLOW, _BY_PILLOW_WIDE = 17, 25
+_WIDE = [KINDS.index(kind) for kind in ("WEBP", "JPEG2000")]  # and what has 16 bits a sample
 _COEFFICIENTS = 6  # of files in several scans libjpeg keeps them all: 2 bytes each
 _LEAST = 256  # pixels of a whole file that one byte may hold: each block of 64 takes a code for DC and one for its end
 
@@ -36,4 +38,6 @@ def decoding(
     part = pixels if windows is None else (windows[:, 2] + libjpeg.BLOCK) * windows[:, 3]
     native = part * headers["channels"] + np.where(sequential, 0, pixels * _COEFFICIENTS)
     short = sequential & (size * _LEAST < pixels)  # libjpeg warns of it, and what it warns of is Pillow's
-    return np.where(plain(headers) & ~short, native, pixels * _BY_PILLOW)
+    wide = np.isin(headers["kind"], _WIDE) | (headers["precision"] > 8)
+    pillow = pixels * np.where(wide, _BY_PILLOW_WIDE, _BY_PILLOW)
+    return np.where(plain(headers) & ~short, native, pillow)
