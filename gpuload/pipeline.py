@@ -29,6 +29,7 @@ from gpuload.fields import Fails, Field, Work
 from gpuload.order.draws import Draws
 from gpuload.stages import Budget, Room, flat_map, ordered_map
 from gpuload.tables import Selection
+from gpuload.tables.malloc import give_back
 
 _SLICE_BYTES = 1 << 20  # encoded
 _SLICE_ROOM = 64 << 20  # that decoding a slice takes; ordinary photos stay below, and images of 20 MP come one by one
@@ -223,6 +224,8 @@ class Pipeline:
             return part
         with self._room.of(part.room):
             fails, event = part.work.run(part.lo, part.hi)
+            if part.room * self._clocks["decode"].threads > self._ahead_bytes and not self._whole:
+                give_back()  # the allocator keeps up to 1 GiB of what one thread freed, and of another's, too
         draft.fails.extend(fails)
         draft.events.append(event)
         return part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -107,17 +109,8 @@ def busiest(path: str, readahead_bytes: int, **options: Any) -> tuple[int, int]:
 
     lock, now, most = threading.Lock(), list[tuple[int, int]](), list[tuple[int, ...]]()
     decoder: Any = Counting()
-    for _ in LanceDataset(
-        path,
-        16,
-        device="cpu",
-        decoder=decoder,
-        readahead_bytes=readahead_bytes,
-        num_threads=4,
-        on_error="mask",
-        **options,
-    ):
-        pass
+    options |= {"device": "cpu", "decoder": decoder, "num_threads": 4, "on_error": "mask"}
+    assert list(LanceDataset(path, 16, readahead_bytes=readahead_bytes, **options))
     images, pixels = np.max(most, axis=0).tolist()
     return images, pixels
 
@@ -208,6 +201,31 @@ def test_on_a_gpu_slices_are_parts_of_the_bytes_and_whole_batches_where_they_fit
         list(LanceDataset(path, 16, **options))
         assert len(seen) >= len(slices)
         assert max(seen) <= slices[0]
+
+
+_PEAK = """
+import sys, torch
+from gpuload import Image, LanceDataset
+def status(word):
+    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(word))
+options = dict(transforms={"image": Image(8)}, device="cpu", num_threads=4, on_error="mask", max_pixels=10**8)
+for path in sys.argv[1:]:
+    before = status("VmRSS")
+    for batch in LanceDataset(path, 16, readahead_bytes=100 << 20, **options):
+        assert batch.valid.all()
+    print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_batch_of_large_images_takes_the_memory_of_one(store: Callable[..., str]) -> None:
+    """16 files of 2 KB that claim 9 million pixels each, for crops of 8: 1.2 GB if all of them were there at once."""
+    small = store({"image": [jpeg(40, 40)] * 16})
+    large = store({"image": [claiming(jpeg(40, 40), 3000, 3000)] * 16})
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, small, large], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout.split()[1]) < 400  # MiB; 14 bytes a pixel are 120
 
 
 def test_large_memory_goes_back_when_small_images_follow() -> None:

@@ -12,11 +12,11 @@ from gpuload.images import KINDS
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.host import plain
 
-# Bytes a pixel: Pillow's peak, measured with files of 20 million pixels (4 to 14; 18 to 22 for the second), and 3 of the
-# arena that the pixels are copied to.
+# Bytes a pixel: Pillow's peak, measured with files of 20 million pixels (4 to 14; 18 to 22 for WebP, JPEG 2000 and 16
+# bits a sample), and 3 of the arena that the pixels are copied to.
 _BY_PILLOW, _BY_PILLOW_WIDE = 17, 25
-_WIDE = [KINDS.index(kind) for kind in ("WEBP", "JPEG2000")]  # and what has 16 bits a sample
-_COEFFICIENTS = 6  # of files in several scans libjpeg keeps them all: 2 bytes each
+_WEBP, _JPEG2000 = KINDS.index("WEBP"), KINDS.index("JPEG2000")
+_COEFFICIENTS = 6  # bytes a pixel: of files in several scans libjpeg keeps them all
 _LEAST = 256  # pixels of a whole file that one byte may hold: each block of 64 takes a code for DC and one for its end
 
 
@@ -34,10 +34,15 @@ def decoding(
         What is wanted of each, as a `Decoder` gets it.
     """
     pixels = headers["height"].astype(np.int64) * headers["width"]
-    sequential = (headers["process"] < 2) & (headers["scan"] == headers["components"])
     part = pixels if windows is None else (windows[:, 2] + libjpeg.BLOCK) * windows[:, 3]
-    native = part * headers["channels"] + np.where(sequential, 0, pixels * _COEFFICIENTS)
-    short = sequential & (size * _LEAST < pixels)  # libjpeg warns of it, and what it warns of is Pillow's
-    wide = np.isin(headers["kind"], _WIDE) | (headers["precision"] > 8)
-    pillow = pixels * np.where(wide, _BY_PILLOW_WIDE, _BY_PILLOW)
-    return np.where(plain(headers) & ~short, native, pillow)
+    found: NDArray[np.int64] = part * headers["channels"]
+    sequential = (headers["process"] < 2) & (headers["scan"] == headers["components"])
+    long = size * _LEAST >= pixels  # of shorter ones libjpeg warns, and what it warns of is Pillow's
+    odd = np.flatnonzero(~(plain(headers) & sequential & long))  # few, as a rule
+    if len(odd):
+        some, their = headers[odd], pixels[odd]
+        wide = (some["kind"] == _WEBP) | (some["kind"] == _JPEG2000) | (some["precision"] > 8)
+        several = plain(some) & ~sequential[odd]
+        by_pillow = their * np.where(wide, _BY_PILLOW_WIDE, _BY_PILLOW)
+        found[odd] = np.where(several, found[odd] + their * _COEFFICIENTS, by_pillow)
+    return found
