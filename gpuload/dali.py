@@ -17,10 +17,12 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from gpuload.batch import Batch
-from gpuload.errors import ConfigError, DeviceError
+from gpuload.errors import ConfigError, DecodeError, DeviceError
 from gpuload.feed import Feed, Undecoded, addresses
 from gpuload.fields.text import Text
 from gpuload.images.decode.arena import event
+from gpuload.images.decode.lanes import about_images
+from gpuload.images.headers import sniff
 
 try:
     from nvidia.dali import Pipeline, fn, types
@@ -171,8 +173,8 @@ class DALILanceIterator:
         Instead of the source's.
 
     Each ``for`` over it is an epoch, from its start or from a loaded place. A batch is a tensor per output, a list of
-    tensors where shapes differ. Errors of a row come at the place of its batch; one inside DALI names the row if the
-    CPU decoder finds it, and the pipeline must then be built anew.
+    tensors where shapes differ. Errors of a row come at the place of its batch; one inside DALI names the row that the
+    CPU decoder refuses, or the one whose image DALI refuses alone, and the pipeline must then be built anew.
     """
 
     def __init__(
@@ -221,7 +223,8 @@ class DALILanceIterator:
             raise
         except RuntimeError as error:
             self._source.close()
-            self._broken = self._source.broken(self._source.take(), _HINT) or error
+            batch = self._source.take()
+            self._broken = self._source.broken(batch, _HINT) or (about_images(error) and self._refused(batch)) or error
             raise self._broken from error
         held = self._source.take()
         theirs = addresses(held, self._source.outputs)
@@ -289,6 +292,19 @@ class DALILanceIterator:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _refused(self, batch: Batch) -> DecodeError | None:
+        """The first image of `batch` that DALI alone refuses, as the error that names it."""
+        alone = _Alone(self._pipeline.device_id)
+        for i, name, view in self._source.images(batch):
+            reason = alone.refuses(view)
+            if reason is not None:
+                kind = sniff(view.tobytes()[:16]) or "image"
+                cause = (
+                    f"Expected an image that DALI decodes, got a {kind} file that others read and it refuses: {reason}"
+                )
+                return DecodeError(cause, int(batch.rows[i]), name, _HINT)
+        return None
+
     def _tensor(self, out: Any, theirs: set[int]) -> Any:
         """One output as a tensor, or a list of them where shapes differ."""
         if out.is_dense_tensor():
@@ -312,6 +328,34 @@ class DALILanceIterator:
         ours = found.clone()
         self._lent.append((torch.cuda.current_stream(found.device).record_event(event(found.device)), found))
         return ours
+
+
+class _Alone:
+    """A pipeline that decodes one image at a time, built anew after each that it refused."""
+
+    def __init__(self, device_id: int | None) -> None:
+        self._device_id, self._made = device_id, None
+
+    def refuses(self, view: Any) -> str | None:
+        """Why DALI does not decode the image, None where it does."""
+        try:
+            made = self._made = self._made or self._build()
+            made.feed_input("encoded", [view])
+            made.run()
+        except RuntimeError as error:
+            self._made = None
+            told = str(error).partition("encountered:")[2].split("\n")  # after the place in the pipeline's definition
+            return next((line.strip(" :") for line in told if line.strip()), str(error))
+        return None
+
+    def _build(self) -> Any:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True)
+            cpu = self._device_id is None
+            pipeline.set_outputs(fn.decoders.image(encoded, device="cpu" if cpu else "mixed", output_type=types.RGB))
+        pipeline.build()
+        return pipeline
 
 
 def _policy(word: Any) -> Any:

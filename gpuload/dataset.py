@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
-from gpuload.device import Streams, choose_device, describe, threads_here
+from gpuload.device import Streams, choose_device, describe, memory_ahead, threads_here
 from gpuload.errors import ConfigError, StateError, expect_int
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import Transform, fields, resolve
@@ -79,8 +79,10 @@ class LanceDataset(IterableDataset[Batch]):
         What ranks divide: batches (the default, always equal) or whole fragments.
     batch_readahead : int
         Batches under way at most, from the beginning of their reading until the loop takes them.
-    readahead_bytes : int
-        And by this: as many batches as it holds of the largest so far, encoded and decoded, but at least one.
+    readahead_bytes : int, optional
+        And by this. It bounds together the batches under way, encoded and finished, each as large as the largest so
+        far, and what is being decoded, by what headers say: what does not fit waits. Beyond it are allowed one batch,
+        and one image, which is decoded alone. 1 GiB by default; on a GPU a twelfth of its memory where that is more.
     to_tensor_fn : callable or None, optional
         Called with each RecordBatch instead of gpuload's conversion, and ``hf_converter=``, ``use_blob_api=``; None
         yields the RecordBatches. With columns of blobs each is a dict: Arrow arrays, ``_rowid``, and lists of
@@ -160,7 +162,7 @@ class LanceDataset(IterableDataset[Batch]):
         seed: int = 0,
         num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
-        readahead_bytes: int = 1 << 30,
+        readahead_bytes: int | None = None,
         buckets: Buckets | None = None,
     ) -> None:
         super().__init__()
@@ -300,8 +302,9 @@ class LanceDataset(IterableDataset[Batch]):
 
     @property
     def readahead_bytes(self) -> int:
-        """Bytes that these may take."""
-        return self._options.readahead_bytes
+        """Bytes that these may take, and what is being decoded."""
+        given = self._options.readahead_bytes
+        return memory_ahead(self.device) if given is None else given
 
     @property
     def transforms(self) -> Mapping[str, Transform]:
@@ -489,7 +492,7 @@ class LanceDataset(IterableDataset[Batch]):
         sampler = self._sampler()
         steps, reads = plans.reads(sampler, source, options, place)
         if options.to_tensor_fn is not NOT_GIVEN:
-            bounds = (options.batch_readahead, options.readahead_bytes)
+            bounds = (options.batch_readahead, self.readahead_bytes)
             return steps, raw_batches(reads, options.to_tensor_fn, source, *bounds, self._clocks["read"])
         streams, clocks, decoder = Streams(self.device), self._clocks, self._decode_with()
         parts = Parts(decoder, streams, self.max_pixels, clocks["tokenize"], clocks["resize"], source.origin)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ class Undecoded(LanceDataset):
             if found:
                 return errors[min(found)].at(int(batch.rows[min(found)]), column.name, hint)
         return None
+
+    def images(self, batch: Batch) -> Iterator[tuple[int, str, NDArray[np.uint8]]]:
+        """(row of the batch, column, bytes) of every image of `batch` that is there, row by row."""
+        names = [column.name for column in self._columns if column.role == "bytes"]
+        for i in range(batch.size):
+            yield from ((i, name, batch[name][i]) for name in names if batch[name][i] is not None)
 
 
 class Feed:
@@ -182,6 +188,10 @@ class Feed:
     def broken(self, batch: Batch, hint: str) -> RowError | None:
         """The first image of `batch` that the CPU decoder refuses, as the error that names it."""
         return self._dataset.broken(batch, hint)
+
+    def images(self, batch: Batch) -> Iterator[tuple[int, str, NDArray[np.uint8]]]:
+        """(row of the batch, column, bytes) of every image of `batch` that is there, row by row."""
+        return self._dataset.images(batch)
 
     def _next(self) -> Batch:
         if self._stopping:

@@ -67,13 +67,14 @@ class Options:
     seed: int
     num_threads: int | None
     max_pixels: int
-    readahead_bytes: int
+    readahead_bytes: int | None
     buckets: Buckets | None
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("batch_size", "batch_readahead", "max_pixels")}
         threads = 1 if self.num_threads is None else self.num_threads
-        expect_counts(**counts, readahead_bytes=self.readahead_bytes, num_threads=threads)
+        ahead = 1 if self.readahead_bytes is None else self.readahead_bytes
+        expect_counts(**counts, readahead_bytes=ahead, num_threads=threads)
         expect_counts(least=0, samples=self.samples)
         expect_int(seed=self.seed)
         if self.on_error not in ON_ERROR:

@@ -28,12 +28,15 @@ from gpuload.device import Streams, one_torch_thread, span
 from gpuload.errors import ConfigError, RowError, stopped
 from gpuload.fields import Fails, Field, Geometry, Work
 from gpuload.order.draws import Draws, Named
-from gpuload.stages import Budget, flat_map, ordered_map
+from gpuload.stages import Budget, Room, flat_map, ordered_map
 from gpuload.tables import Selection
+from gpuload.tables.malloc import give_back
 
-_SLICE_BYTES = 1 << 20  # encoded; with _SLICE_ROWS it bounds a thread's arena
+_SLICE_BYTES = 1 << 20  # encoded
+_SLICE_ROOM = 64 << 20  # that decoding a slice takes; ordinary photos stay below, and images of 20 MP come one by one
 _SLICE_ROWS = 8  # images; the cost of handing over a slice vanishes behind eight decodes
-_CUDA_SLICE_BYTES = 64 << 20  # encoded: some ten times as much on the GPU, four slices at a time
+_CUDA_SLICE_BYTES = 64 << 20  # encoded
+_CUDA_SLICES = 8  # of `ahead_bytes`: two calls with two arenas each, of which each may be a quarter larger, take five
 ON_ERROR = ("raise", "skip", "mask", "replace")
 _COUNTED = {"skip": "rows_skipped", "mask": "rows_masked", "replace": "rows_replaced"}
 _GO_ON = 'Set on_error="replace", "mask" or "skip" to go on without the row.'
@@ -88,6 +91,7 @@ class Slice:
     lo: int = 0
     hi: int = 0
     size: int = 0  # bytes still encoded
+    room: int = 0  # bytes that decoding takes
 
 
 class Pipeline:
@@ -111,7 +115,8 @@ class Pipeline:
     ahead : int
         Batches under way at most, from the beginning of their reading until they are taken.
     ahead_bytes : int
-        Bytes of these batches, encoded and decoded, by the largest so far; one is always allowed.
+        Bytes of these batches, encoded and finished, by the largest so far, and of what is being decoded, by the
+        headers. One batch and one image are always allowed; what does not fit beside them waits.
     counts : Counter
     clocks : dict of str to Clock
         With the numbers of threads of the stages "read" and "decode".
@@ -147,10 +152,13 @@ class Pipeline:
         self._bad_rows = bad_rows
         self._count_lock = threading.Lock()
         self._budget: Budget[Read]
+        self._room: Room
 
     def run(self, reads: Iterable[Read]) -> Iterator[Batch]:
         """Batches in the order of `reads`. Closing the generator ends every thread."""
-        self._budget = budget = Budget(reads, self._ahead_bytes, self._ahead)
+        least = self._ahead_bytes // 4  # for decoding, also where batches would take all
+        self._budget = budget = Budget(reads, self._ahead_bytes - least, self._ahead)
+        self._room = Room(lambda: max(least, self._ahead_bytes - budget.taken()))
         drafts = ordered_map(
             self._prepare,
             budget,
@@ -215,31 +223,35 @@ class Pipeline:
         """The slices of the batch, which threads fill independently of each other."""
         slices = [Slice(draft, None)] if self._streams.cuda else []  # what is finished has a way of its own
         for work in draft.works:
-            rows, most = self._slice(work.cost)
-            if rows >= len(work.cost) and most == sys.maxsize:
-                slices.append(Slice(draft, work, 0, len(work.cost), int(work.cost.sum())))
-                continue
-            ends = np.cumsum(work.cost)
-            lo, before = 0, 0
+            rows, most, room = self._slice(work)
+            ends, taken = np.cumsum(work.cost), np.cumsum(work.room)
+            lo, before, used = 0, 0, 0
             while lo < len(ends):
                 hi = min(lo + rows, int(np.searchsorted(ends, before + most)) + 1, len(ends))
-                slices.append(Slice(draft, work, lo, hi, int(ends[hi - 1]) - before))
-                lo, before = hi, int(ends[hi - 1])
+                if int(taken[hi - 1]) - used > room:
+                    hi = max(lo + 1, int(np.searchsorted(taken, used + room, "right")))
+                end, full = int(ends[hi - 1]), int(taken[hi - 1])
+                slices.append(Slice(draft, work, lo, hi, end - before, full - used))
+                lo, before, used = hi, end, full
         slices = slices or [Slice(draft, None)]
         draft.slices = len(slices)
         return slices
 
-    def _slice(self, cost: NDArray[np.int64]) -> tuple[int, int]:
-        """Rows and bytes of a slice at most.
+    def _slice(self, work: Work) -> tuple[int, int, int]:
+        """Rows, encoded bytes and bytes for decoding of a slice at most.
 
         On a GPU the whole batch, or a half, a quarter, an eighth of it: a decoder there is made for calls of one size.
         """
+        count = len(work.cost)
         if not self._whole:
-            return max(1, min(_SLICE_ROWS, -(-len(cost) // (2 * self._clocks["decode"].threads)))), _SLICE_BYTES
-        size, parts = int(cost.sum()), 1
-        while size > parts * _CUDA_SLICE_BYTES and parts < len(cost):
-            parts *= 2
-        return max(1, -(-len(cost) // parts)), sys.maxsize
+            threads = self._clocks["decode"].threads
+            rows = max(1, min(_SLICE_ROWS, -(-count // (2 * threads))))
+            return rows, _SLICE_BYTES, min(_SLICE_ROOM, self._ahead_bytes // threads)
+        most = self._ahead_bytes // _CUDA_SLICES
+        size, room, parts = int(work.cost.sum()), int(work.room.sum()), 1
+        while (size > parts * _CUDA_SLICE_BYTES or room > parts * most * 3 // 4) and parts < count:
+            parts *= 2  # three quarters: parts are not alike
+        return max(1, -(-count // parts)), sys.maxsize, most
 
     def _work(self, part: Slice) -> Slice:
         """One slice, into the batch."""
@@ -248,7 +260,10 @@ class Pipeline:
             if part.work is None:
                 draft.events.append(self._streams.upload(draft.values))
                 return part
-            fails, event = part.work.run(part.lo, part.hi)
+            with self._room.of(part.room):
+                fails, event = part.work.run(part.lo, part.hi)
+                if part.room * self._clocks["decode"].threads > self._ahead_bytes and not self._whole:
+                    give_back()  # the allocator keeps up to 1 GiB of what one thread freed, and of another's, too
             for _, _, error in fails:
                 error.bare()
             draft.fails.extend(fails)

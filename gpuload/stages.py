@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from gpuload.clock import Clock
@@ -158,6 +159,33 @@ class flat_map(Generic[T, R], Iterator[R]):
         self._items.close()
 
 
+class Room:
+    """Bytes for work that runs at once: what does not fit waits, and what is larger than all of them runs alone.
+
+    Parameters
+    ----------
+    free : callable
+        How many bytes there are now; asked when somebody comes and when somebody goes.
+    """
+
+    def __init__(self, free: Callable[[], int]) -> None:
+        self._free, self._used = free, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Wait for `size` bytes, and have them for the length of a with block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._free())
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
 class Budget(Generic[T], Iterator[T]):
     """Items while they fit: at most `items_most` under way, and as many as `most` bytes hold of the largest one seen so
     far, at least one.
@@ -189,6 +217,10 @@ class Budget(Generic[T], Iterator[T]):
         """An item has turned out to take `size` bytes."""
         with self._lock:
             self._largest = max(self._largest, size)
+
+    def taken(self) -> int:
+        """Bytes of the items under way, each as large as the largest."""
+        return self._under_way * self._largest
 
     def leave(self) -> None:
         """An item is the consumer's now."""

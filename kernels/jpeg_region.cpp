@@ -93,6 +93,7 @@ static_assert(sizeof(Decompress) == 632 && offsetof(Decompress, output_scanline)
                   offsetof(Decompress, blocks_in_MCU) == 480 && offsetof(Decompress, entropy) == 592,
               "libjpeg 6.2 on LP64");
 const int GRAY = 1, RGB = 2, VERSION = 62, ROWS = 8;
+const unsigned char MARK = 255;
 
 struct Library {
   Errors* (*std_error)(Errors*);
@@ -122,10 +123,13 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
   jmp_buf back;
   huffman::Scan scan;
   int (*theirs)(Decompress*, short (**)[64]) = nullptr;
-  bool made = false;
+  bool made = false, lacking = false;  // lacking: of this state tables were taken away
 
   bool make() {
-    if (made) return true;
+    if (made && !lacking) return true;
+    if (made) jpeg.destroy(&state);
+    made = lacking = false;
+    state = Decompress{};
     state.common.err = jpeg.std_error(&errors);
     errors.error_exit = give_up, errors.emit_message = complain;
     state.common.client_data = &back;  // which jpeg_CreateDecompress keeps
@@ -136,6 +140,7 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
 
   void read(Part& part) {
     part.status = 1;
+    if (!make()) return;
     if (setjmp(back)) return jpeg.abort(&state);
     jpeg.memory(&state, part.data, (unsigned long)part.size);
     forget();
@@ -145,6 +150,7 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
       if (table < 0 || table > 3 || !state.quantization[table] || !state.quantization[table]->values[0])
         return jpeg.abort(&state);
     }
+    for (int i = 0; i < 4; ++i) lacking |= lacks(state.dc[i]) | lacks(state.ac[i]);
     state.out_color_space = part.channels == 1 ? GRAY : RGB;
     state.scale_num = part.eighths, state.scale_denom = 8;
     jpeg.start(&state);
@@ -167,13 +173,22 @@ struct Decoder {  // one a thread, kept: its tables are as large as a small imag
     part.x = (int32_t)x, part.w = (int32_t)w, part.status = 0;
   }
 
-  // libjpeg keeps the tables of one file for the next, which may lack them: a table of nothing is no table of another.
+  // libjpeg keeps the tables of one file for the next, which may lack them. So each is marked, in a byte that reading a
+  // table clears, and Huffman tables that still bear the mark behind the header are taken away: to a state without tables
+  // 0 or 1 libjpeg gives the standard ones (frames of Motion JPEG), as it does for Pillow, and refuses the others. The
+  // next file gets a new state: 10 µs, hence not for every file.
   void forget() {
     for (int i = 0; i < 4; ++i) {
-      if (state.dc[i]) *state.dc[i] = huffman::Spec{};
-      if (state.ac[i]) *state.ac[i] = huffman::Spec{};
+      if (state.dc[i]) state.dc[i]->bits[0] = MARK;
+      if (state.ac[i]) state.ac[i]->bits[0] = MARK;
       if (state.quantization[i]) *state.quantization[i] = Quantization{};
     }
+  }
+
+  static bool lacks(huffman::Spec*& table) {
+    if (!table || table->bits[0] != MARK) return false;
+    table = nullptr;
+    return true;
   }
 
   // Whether our own Huffman decoder is ready for the scan that begins.
@@ -233,7 +248,6 @@ extern "C" int gpuload_jpeg_open(const char* path) {
 
 extern "C" int gpuload_jpeg_read(Part* parts, int64_t count) {
   Decoder& found = decoder();
-  if (!found.make()) return 3;
   for (int64_t i = 0; i < count; ++i) found.read(parts[i]);
   return 0;
 }

@@ -40,6 +40,8 @@ struct Output {  // OUTPUT of gpuload/kernels
 };
 static_assert(sizeof(Output) == 72, "Output and OUTPUT differ");
 
+const int64_t KEPT = 32 << 20;  // bytes, as in gpuload/images/decode/cpu.py
+
 struct Pixels {  // of one window; kept, for fresh pages cost more than decoding
   unsigned char* at = nullptr;
   int64_t room = 0;
@@ -51,6 +53,11 @@ struct Pixels {  // of one window; kept, for fresh pages cost more than decoding
     at = (unsigned char*)malloc((size_t)room);
     if (!at) room = 0;
     return at != nullptr;
+  }
+  void keep(int64_t most) {  // a larger image was here: its memory goes
+    if (room <= most) return;
+    free(at);
+    at = nullptr, room = 0;
   }
   ~Pixels() { free(at); }
 };
@@ -143,6 +150,7 @@ int fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64
   tally[0] = tally[1] = tally[2] = 0;
   for (int64_t i = 0; i < count; ++i) {
     Part& part = parts[i];
+    pixels.keep(KEPT);
     if (part.status == DECODE && !decode(part, pixels)) return 1;
     if (part.status == LEAVE) {
       ++tally[1];
@@ -155,6 +163,7 @@ int fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64
         if (resize_view(part, outputs[k], m)) return 1;
     tally[2] += now() - began;
   }
+  pixels.keep(KEPT);
   return 0;
 }
 
@@ -163,7 +172,7 @@ int fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64
 extern "C" int gpuload_fill(Part* parts, int64_t count, int64_t first, const Output* outputs, int64_t k_outputs,
                             int64_t* tally) {
   try {
-    return decoder().make() ? fill(parts, count, first, outputs, k_outputs, tally) : 3;
+    return fill(parts, count, first, outputs, k_outputs, tally);
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -65,6 +65,23 @@ def claiming(data: bytes, height: int, width: int) -> bytes:
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def without_codes(file: bytes, dropped: set[int]) -> bytes:
+    """The file without these Huffman tables: 0 to 3 for DC, 16 to 19 for AC."""
+    kept, at = file[:2], 2
+    while file[at + 1] != 0xDA:
+        end = at + 2 + (file[at + 2] << 8 | file[at + 3])
+        if file[at + 1] != 0xC4:
+            kept, at = kept + file[at:end], end
+            continue
+        at += 4
+        while at < end:
+            size = 17 + sum(file[at + 1 : at + 17])
+            if file[at] not in dropped:
+                kept += b"\xff\xc4" + (size + 2).to_bytes(2, "big") + file[at : at + size]
+            at += size
+    return kept + file[at:]
+
+
 def by_pillow(data: bytes, mode: str = "RGB", orient: bool = True) -> NDArray[np.uint8]:
     """u8[C, H, W]: what Pillow makes of a file."""
     with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import jpeg
 
-from gpuload import LanceDataset
+from gpuload import LanceDataset, RowError
 from gpuload.fields.numbers import to_tensor
 
 Store = Callable[..., str]
@@ -86,6 +86,33 @@ def test_dtype_is_the_same_where_only_some_batches_have_nulls(kind: pa.DataType,
 def test_large_integers_beside_nulls_stay_exact(store: Store) -> None:
     (batch,) = read(store({"x": pa.array([BIG, None, -BIG], pa.int64())}), 3)
     assert batch["x"].tolist() == [BIG, 0, -BIG]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        (pa.uint64(), lambda value: value),
+        (pa.list_(pa.uint64(), 2), lambda value: [1, value]),
+        (pa.list_(pa.list_(pa.uint64(), 1), 2), lambda value: [[value], [2]]),
+    ],
+    ids=str,
+)
+def test_a_number_above_int64_is_an_error_of_its_row(
+    kind: pa.DataType, wrap: Callable[[int], Any], store: Store
+) -> None:
+    top = 2**63 - 1
+    values = [wrap(value) for value in (5, top, top + 1, 0, 2**64 - 1)]
+    path = store({"x": pa.array([*values, None], kind)})
+    with pytest.raises(RowError, match=r"2\^63 - 1.*got 9223372036854775808 - at row 2, column `x`") as caught:
+        read(path, 6)
+    assert (caught.value.row, caught.value.column) == (2, "x")
+    (batch,) = read(path, 6, on_error="mask")
+    assert batch.valid.tolist() == [True, True, False, True, False, True]
+    assert batch["x"].tolist()[:2] == values[:2]
+    assert not batch["x"][[2, 4, 5]].any()
+    assert batch.nulls["x"].tolist() == [False] * 5 + [True]
+    (batch,) = read(path, 6, on_error="skip")
+    assert batch.rows.tolist() == [0, 1, 3, 5]
 
 
 def test_nulls_are_counted(store: Store) -> None:

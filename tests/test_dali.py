@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -372,6 +373,45 @@ def test_an_image_that_breaks_inside_dali_is_named(store: Callable[..., str]) ->
             next(running)
         with pytest.raises(DecodeError):
             next(running)
+
+
+def bmp_555() -> bytes:
+    """16 bits a pixel, five for each colour."""
+    pixels = bytes(range(24))
+    head = struct.pack("<LHHL", 54 + len(pixels), 0, 0, 54)
+    return b"BM" + head + struct.pack("<LllHHLLllLL", 40, 4, 3, 1, 16, 0, len(pixels), 0, 0, 0, 0) + pixels
+
+
+def png_with_a_bad_checksum() -> bytes:
+    whole = encode(picture(20, 30), "PNG")
+    at = whole.index(b"IEND") - 8  # of the chunk before
+    return whole[:at] + b"abcd" + whole[at + 4 :]
+
+
+REFUSED: dict[str, Callable[[], bytes]] = {
+    "BMP": bmp_555,
+    "PNG": png_with_a_bad_checksum,
+    "TIFF": lambda: encode(picture(20, 30, mode="1"), "TIFF"),
+    "TIFF 32": lambda: encode(picture(20, 30, mode="L").convert("I"), "TIFF"),
+    "TIFF lzma": lambda: encode(picture(20, 30), "TIFF", compression="lzma"),
+    "WEBP": lambda: encode(picture(20, 30), "WEBP", 6, lossless=True),
+    "JPEG2000": lambda: encode(picture(20, 30, mode="L").convert("LA"), "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_valid_file_that_dali_refuses_is_named(kind: str, store: Callable[..., str]) -> None:
+    file = REFUSED[kind]()
+    assert by_pillow(file).size, "others read it"
+    path = store({"image": [jpeg(seed=i) for i in range(5)] + [file, jpeg()], "number": range(7)})
+    with DALILanceIterator(decoded(path, None, {}, batch_size=4)) as iterator:
+        running = iter(iterator)
+        assert next(running).rows.tolist() == [0, 1, 2, 3]
+        words = rf"DALI decodes, got a {kind.split()[0]} file that .* it refuses: .+ - at row 5, column `image`"
+        with pytest.raises(DecodeError, match=words) as caught:
+            next(running)
+        assert "no longer valid" not in str(caught.value)
+        assert (caught.value.row, caught.value.column) == (5, "image")
 
 
 def test_what_dali_cannot_carry_travels_beside(store: Callable[..., str]) -> None:

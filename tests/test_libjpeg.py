@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import by_pillow, encode, jpeg, judged, picture
+from making import by_pillow, encode, jpeg, judged, picture, without_codes
 
-from gpuload import HEADER, Image, Ragged
+from gpuload import HEADER, Image, LanceDataset, Ragged
 from gpuload.images import VIEW, sizes, views
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
@@ -232,16 +232,65 @@ def without(file: bytes, marker: int) -> bytes:
         at = end
 
 
-@pytest.mark.parametrize(("marker", "tables"), [(0xC4, "Huffman"), (0xDB, "quantization")])
-def test_a_file_without_tables_does_not_get_those_of_the_file_before(marker: int, tables: str) -> None:
-    whole = encode(picture(40, 40), "JPEG", quality=60, optimize=True)
-    broken = without(whole, marker)
-    looks = wanted([[0, 0, 40, 40]] * 2)
-    together, errors = decoded(CpuDecoder(), [whole, broken], looks, (8, 8))
-    alone, its = decoded(CpuDecoder(), [broken], looks[:1], (8, 8))
-    assert errors.keys() == {i + 1 for i in its}, f"what is decoded with no {tables} tables"
-    if not its:
-        np.testing.assert_array_equal(together.pixels(1).numpy(), alone.pixels(0).numpy())
+def pillows(file: bytes) -> Any:
+    """u8[h, w, c] by Pillow, None where it refuses the file."""
+    try:
+        with PIL.Image.open(io.BytesIO(file)) as image:
+            pixels = np.array(image)
+    except (OSError, SyntaxError):
+        return None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+_CODES = [0, 1, 16, 17]
+_FRAMES = [  # some with the standard tables and some with their own
+    encode(picture(40, 48, seed=i, mode=kind.pop("mode", "RGB")), "JPEG", quality=80, **kind)
+    for i, kind in enumerate(
+        [{}, {"mode": "L"}, {"optimize": True}, {"restart_marker_blocks": 2}, {"progressive": True}, {"keep_rgb": True}]
+    )
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.sampled_from(_FRAMES), st.sets(st.sampled_from(_CODES))), min_size=1, max_size=6))
+def test_files_without_huffman_tables_are_pillows_in_every_order(chosen: list[tuple[bytes, set[int]]]) -> None:
+    """Frames of Motion JPEG leave the standard tables out; a file never gets those of the file before."""
+    files = [without_codes(file, dropped) for file, dropped in chosen]
+    want = [pillows(file) for file in files]
+    got, errors = decoded(CpuDecoder(), list(files), wanted([[0, 0, 48, 40]] * len(files)), (40, 48))
+    assert sorted(errors) == [i for i, pixels in enumerate(want) if pixels is None]
+    for i, pixels in enumerate(want):
+        if pixels is not None:
+            np.testing.assert_array_equal(got.pixels(i).numpy(), pixels)
+
+
+def test_the_standard_huffman_tables_give_the_whole_picture_natively() -> None:
+    file, decoder = _FRAMES[0], CpuDecoder()
+    files = [without_codes(file, set(_CODES)), file, without_codes(file, {1, 17}), without_codes(_FRAMES[1], {0})]
+    got, errors = decoded(decoder, list(files), wanted([[0, 0, 48, 40]] * 4), (40, 48))
+    assert not errors
+    assert decoder.counts()["libjpeg-turbo"] == 4
+    for i in range(3):
+        np.testing.assert_array_equal(got.pixels(i).numpy(), pillows(file))
+
+
+def test_a_dataset_of_frames_without_huffman_tables_is_pillows(store: Any) -> None:
+    files = [without_codes(_FRAMES[i % 2], set(_CODES) if i % 3 else set()) for i in range(12)]
+    dataset = LanceDataset(store({"image": files}), 12, device="cpu", transforms={"image": Image(40, crop="none")})
+    (batch,) = list(dataset)
+    for i, file in enumerate(files):
+        alone = Image(40, crop="none")
+        with Ragged.of([pillows(file)]) as ragged:
+            out = torch.empty(1, 3, 40, 40)
+            resize_normalize(ragged, wanted([[0, 0, 48, 40]]), alone, out)
+        torch.testing.assert_close(batch["image"][i], out[0], rtol=0, atol=2e-6)
+
+
+def test_a_file_without_quantization_tables_does_not_get_those_of_the_file_before() -> None:
+    whole = encode(picture(40, 40), "JPEG", quality=60)
+    got, errors = decoded(CpuDecoder(), [whole, without(whole, 0xDB)], wanted([[0, 0, 40, 40]] * 2), (8, 8))
+    assert list(errors) == [1]
+    np.testing.assert_array_equal(got.pixels(0).numpy(), pillows(whole))
 
 
 def test_less_is_decoded_than_the_whole() -> None:

@@ -21,7 +21,7 @@ import nvidia.nvimgcodec
 import pytest
 import torch
 from conftest import gpuload_threads
-from making import by_pillow, claiming, encode, jpeg, judged, picture
+from making import by_pillow, claiming, encode, jpeg, judged, picture, without_codes
 from test_images import FILES
 
 from gpuload import Image, LanceDataset, Ragged
@@ -291,6 +291,51 @@ def test_whatever_it_raises_about_a_header_the_image_is_the_hosts(error: Excepti
     assert decoder.counts() == {**NONE, "nvimgcodec": 2, HOST: 1}
 
 
+@pytest.mark.parametrize(
+    "error", [TypeError("precision"), KeyError(6), RuntimeError("bad stream"), ValueError("depth")]
+)
+def test_whatever_it_raises_over_one_image_the_image_is_the_hosts(error: Exception) -> None:
+    files = [jpeg(20 + i, 30, i) for i in range(6)]
+
+    class Choking:
+        def __init__(self, **options: Any) -> None:
+            self.real = nvidia.nvimgcodec.Decoder(**options)
+
+        def decode(self, streams: list[Any], **given: Any) -> Any:
+            if any(stream.height in (21, 24) for stream in streams):
+                raise error
+            return self.real.decode(streams, **given)
+
+    decoder = NvImageCodecDecoder(CPU, LIMIT, package=Package(Decoder=Choking))
+    found, errors = decoded(decoder, files)  # type: ignore[arg-type]
+    assert not errors
+    for pixels, file in zip(found, files, strict=True):
+        np.testing.assert_array_equal(pixels, stored(file))
+    assert decoder.counts() == {**NONE, "nvimgcodec": 4, HOST: 2}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: unspecified launch failure")])
+def test_what_is_not_about_an_image_reaches_the_user(error: Exception) -> None:
+    class Dead(Always):
+        def decode(self, streams: list[Any], **_: Any) -> list[None]:
+            raise error
+
+    with pytest.raises(type(error)):
+        decoded(NvImageCodecDecoder(CPU, LIMIT, package=Package(Decoder=Dead)), [jpeg(20, 30), jpeg(20, 30)])
+
+
+@pytest.mark.parametrize("decoder", ["nvimgcodec", "dali"], indirect=True)
+def test_jpeg_without_huffman_tables_is_the_hosts(decoder: LaneDecoder) -> None:
+    """libjpeg has standard ones; what a GPU's decoder makes of it is not known."""
+    plain, gray = jpeg(40, 48), encode(picture(40, 48, mode="L"), "JPEG")
+    files = [plain, without_codes(plain, {0, 1, 16, 17}), without_codes(plain, {17}), gray, without_codes(gray, {0})]
+    found, errors = decoded(decoder, files)  # type: ignore[arg-type]
+    assert not errors
+    for pixels, file in zip(found, files, strict=True):
+        np.testing.assert_array_equal(rgb(pixels), stored(file))
+    assert decoder.counts() == {**NONE, decoder.library: 2, HOST: 3}
+
+
 def test_a_missing_package_is_an_error_with_the_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(DeviceError, match=r'pip install "gpuload\[cuda1[23]\]"'):
@@ -350,9 +395,10 @@ def test_dali_does_not_look_for_a_bad_image_on_a_dead_gpu(message: str, monkeypa
     assert decoder.counts() == {**NONE, "dali": 0}
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError])
 @pytest.mark.parametrize("named", [True, False])
 def test_dali_leaves_one_bad_image_to_the_host_and_decodes_the_others(
-    named: bool, monkeypatch: pytest.MonkeyPatch
+    named: bool, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [jpeg(20, 30, i) for i in range(8)]
     runs: list[int] = []
@@ -365,7 +411,7 @@ def test_dali_leaves_one_bad_image_to_the_host_and_decodes_the_others(
         def run(self, *given: Any) -> Any:
             runs.append(1)
             if self.bad:
-                raise RuntimeError(f"Error in sample #{self.bad[0]}" if named else "Error in a sample")
+                raise kind(f"Error in sample #{self.bad[0]}" if named else "Error in a sample")
             return super().run(*given)
 
     monkeypatch.setattr(nvidia.dali.pipeline, "Pipeline", Picky)

@@ -27,7 +27,7 @@ tables.together
 order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize images.planes
 images.augment images.header_sizes order.buckets
-images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
+images.decode images.decode.libjpeg images.decode.host images.decode.room images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.libnvjpeg images.decode.nvjpeg
 images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.values fields.tokens fields.text

@@ -156,11 +156,14 @@ class Work(Protocol):
     ----------
     cost : i64[N]
         Encoded bytes of each row: what slices are cut by.
+    room : i64[N]
+        Bytes that decoding each row takes: what slices are cut by, too, and wait for.
     size : int
         Bytes of the finished column; grows where it was not known before.
     """
 
     cost: NDArray[np.int64]
+    room: NDArray[np.int64]
     size: int
 
     def run(self, lo: int, hi: int) -> tuple[Fails, Any]:

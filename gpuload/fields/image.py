@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Looked, Parts, Taken, storage_type
 from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, resize, sizes, views
-from gpuload.images.decode import libjpeg
+from gpuload.images.decode import libjpeg, room
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
 from gpuload.images.transform import Image
@@ -102,9 +102,11 @@ class _Output:
     wanted: Image
     image: Image  # what the resize makes: with augmentations, pixels of 0..1
     views: NDArray[np.void]  # VIEW[N * V]
-    made: Any = None  # Tensor[N * V, C, H, W], or a list of N where every image keeps its size
+    made: Any = None  # Tensor[N * V, C, H, W], or a list of N where images keep sizes that differ
     draws: tuple[Named, ...] = ()  # one an augmentation
     event: Any = None  # after its memory was allocated
+    shape: tuple[int, ...] | None = None  # of each image, None where sizes differ
+    missing: set[int] = field(default_factory=set)  # images that were not decoded, where `made` has a place for them
 
     @classmethod
     def of(cls, name: str, image: Image, table: NDArray[np.void], draws: Draws, first: bool) -> _Output:
@@ -133,10 +135,11 @@ class _Work:
         self._line = None
         if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
             self._line = parts.decoder.line(found, table, self._windows, self._scales)
-        self.cost = found.size
+        self.cost, self.room = found.size, room.decoding(table, found.size, self._windows)
         self.size = sum(_bytes(output.wanted, table) for output in outputs)
         for output in outputs:
-            if output.image.shape is None:
+            output.shape = output.image.shape or _common(output.image, table)
+            if output.shape is None:
                 output.made = [None] * len(found)
             elif not len(found):
                 self._room(output)
@@ -187,9 +190,12 @@ class _Work:
             values[output.name] = output.made
             if output.image.views > 1:
                 values[output.name] = output.made.unflatten(0, (-1, output.image.views))
-            if isinstance(output.made, list):
-                streams.keep({output.name: output.made})
-                values[output.name] = _stacked(output.made, output.image, streams.device)
+            if output.missing and output.made is not None:
+                output.made[sorted(output.missing)] = 0
+            if output.made is None or isinstance(output.made, list):
+                images = output.made or [None] * len(output.views)  # none was decoded
+                streams.keep({output.name: images})
+                values[output.name] = _stacked(images, output.image, streams.device)
         return values
 
     def _plan(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
@@ -211,7 +217,7 @@ class _Work:
         with self._lock:
             if output.made is None:
                 layout = torch.channels_last if output.image.channels_last else torch.contiguous_format
-                shape = (len(output.views), *(output.image.shape or ()))
+                shape = (len(output.views), *(output.shape or ()))
                 output.made = torch.empty(shape, dtype=output.image.dtype, memory_format=layout, device=streams.device)
                 output.event = streams.mark()
             made: torch.Tensor = output.made
@@ -228,8 +234,15 @@ class _Work:
             with self._parts.resize.timed(), span("gpuload.resize"):
                 resize.resize_normalize(ragged, wanted, output.image, out[part])
             return
-        for i in np.flatnonzero(ragged.table["height"]).tolist():
-            output.made[lo + i] = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
+        decoded = ragged.table["height"] > 0
+        for i in np.flatnonzero(decoded).tolist():
+            pixels = resize.native(ragged, i, bool(wanted["flip"][i]), output.image)
+            if output.shape is None:
+                output.made[lo + i] = pixels
+            else:  # at once to its place: a batch of large images would be there twice
+                self._room(output)[lo + i] = pixels
+        if output.shape is not None:
+            output.missing.update((lo + np.flatnonzero(~decoded)).tolist())
 
 
 def _bytes(image: Image, table: NDArray[np.void]) -> int:
@@ -238,6 +251,14 @@ def _bytes(image: Image, table: NDArray[np.void]) -> int:
         return len(table) * image.views * image.dtype.itemsize * math.prod(image.shape)
     pixels = int((table["height"].astype(np.int64) * table["width"]).sum())
     return pixels * image.channels * image.dtype.itemsize
+
+
+def _common(image: Image, table: NDArray[np.void]) -> tuple[int, int, int] | None:
+    """(C, H, W) of images that keep their sizes, if these agree."""
+    tall, wide = sizes(table[table["height"] > 0])
+    if not len(tall) or (tall != tall[0]).any() or (wide != wide[0]).any():
+        return None
+    return image.channels, int(tall[0]), int(wide[0])
 
 
 def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.device) -> Any:

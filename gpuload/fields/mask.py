@@ -18,6 +18,7 @@ from gpuload.errors import ConfigError, DecodeError, expect
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
 from gpuload.fields.image import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
+from gpuload.images.decode import room
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -104,7 +105,7 @@ class _Work:
         if seen.size is not None:
             self._made[name] = torch.zeros((len(found), seen.count, *seen.size), dtype=torch.int64)
         self._own: list[torch.Tensor] = [torch.zeros((1, 1), dtype=torch.int64)] * (0 if self._made else len(found))
-        self.cost = found.size
+        self.cost, self.room = found.size, room.decoding(table, found.size, None)
         self.size = sum(made.nbytes for made in self._made.values())
 
     def run(self, lo: int, hi: int) -> tuple[Fails, Any]:

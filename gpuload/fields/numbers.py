@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from gpuload.fields import Column, Field, Geometry, Known, Parts, Taken
+from gpuload.errors import RowError
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -36,10 +37,32 @@ class NumberField:
     def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         taken = Taken()
         for column in self.columns:
-            taken.values[column.name], nulls = to_tensor(rows.column(column.name))
+            tensor, nulls = to_tensor(rows.column(column.name))
+            taken.values[column.name] = tensor
             if nulls is not None:
                 taken.nulls[column.name] = nulls
+            if _leaf(column.type) == pa.uint64():
+                taken.fails += _too_large(column.name, tensor)
         return taken
+
+
+def _too_large(name: str, tensor: torch.Tensor) -> Fails:
+    """The rows of a uint64 column, as int64, that hold a number above 2^63 - 1; their values become 0."""
+    if not tensor.numel() or int(tensor.min()) >= 0:
+        return []
+    fails: Fails = []
+    for i in torch.nonzero((tensor < 0).reshape(len(tensor), -1).any(dim=1)).flatten().tolist():
+        largest = int(tensor[i].reshape(-1).numpy().view(np.uint64).max())
+        fails.append((i, name, RowError(f"Expected at most 2^63 - 1, which int64 holds, got {largest}")))
+        tensor[i] = 0
+    return fails
+
+
+def _leaf(kind: pa.DataType) -> pa.DataType:
+    """The type of the numbers in a tensor or in fixed-size lists."""
+    while isinstance(kind, pa.FixedShapeTensorType) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
 
 
 def has_tensor(kind: pa.DataType) -> bool:
@@ -63,7 +86,8 @@ def to_tensor(column: pa.ChunkedArray) -> tuple[torch.Tensor, NDArray[np.bool_] 
     Returns
     -------
     tensor : Tensor[B, ...]
-        uint64 becomes int64. A null is NaN in a floating tensor, 0 or False in another.
+        uint64 becomes int64, and above 2^63 - 1 a negative number. A null is NaN in a floating tensor, 0 or False in
+        another.
     nulls : bool[B] or None
         Rows that are null or hold a null and had to become 0 or False; None where there are none.
     """

@@ -21,6 +21,8 @@ _SIZED = {  # formats whose size and orientation are known as they are opened; o
     "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "WEBP", "AVIF", "PPM", "QOI", "TGA",
 }  # fmt: skip
 _ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+_TURNS: dict[Any, int] = {turn: turn for turn in range(1, 9)}  # looked up as `exif_transpose` does: 6.0 and 6/1 are 6
 
 
 def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, errors: dict[int, DecodeError]) -> None:
@@ -41,11 +43,15 @@ def open_rest(encoded: Encoded, headers: NDArray[np.void], max_pixels: int, erro
             if not sized:  # else who decodes it has the last word
                 errors[i] = error
             continue
-        header["orientation"] = _orientation(image)
+        orientation = _orientation(image)
+        header["orientation"] = orientation or 1
         if not sized:
-            header["height"], header["width"], header["channels"] = image.height, image.width, channels(image)
+            header["height"], header["width"] = _stored(image)
+            header["channels"] = channels(image)
             header["precision"] = 16 if image.mode.startswith("I") else 0 if image.mode == "F" else 8
-            encoded.opened[i] = image
+            # who is loaded by now would hold its pixels for the whole batch, and who broke at it would not break again
+            if image.format in _SIZED and image.format != "PNG" and orientation is not None:
+                encoded.opened[i] = image
 
 
 def load(encoded: Encoded, i: int, header: Any, max_pixels: int) -> NDArray[np.uint8]:
@@ -59,8 +65,9 @@ def load(encoded: Encoded, i: int, header: Any, max_pixels: int) -> NDArray[np.u
     view, kind = encoded.view(i), int(header["kind"])
     with encoded.opened.pop(i, None) or _open(view, kind, max_pixels) as image:
         try:
+            turned = _orientation(image) if image.format == "TIFF" else 1
             image.load()
-            pixels = to_uint8(image)
+            pixels = _turned_back(to_uint8(image), turned)
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             raise _broken(view, kind, error) from error
     wanted = (int(header["height"]), int(header["width"]))
@@ -111,6 +118,8 @@ def to_uint8(image: pillow.Image) -> NDArray[np.uint8]:
     """u8[H, W, 1 or 3]. Alpha is dropped, not blended. 16-bit samples keep their high byte, where Pillow clips."""
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
         return (np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
+    if image.mode in ("L", "RGB"):  # not converted, which would be a copy
+        return np.asarray(image).reshape(image.height, image.width, -1)
     if channels(image) == 1:
         return np.asarray(image.convert("L"))[:, :, None]
     if image.mode in ("P", "PA") and "transparency" in image.info:
@@ -146,15 +155,30 @@ def _expect_size(height: int, width: int, most: int) -> None:
         raise DecodeError(f"Expected at most {most} pixels (max_pixels), got {height}x{width} = {height * width}")
 
 
-def _orientation(image: pillow.Image) -> int:
-    """EXIF orientation still to be applied; Pillow turns TIFF files as it loads them."""
-    if image.format == "TIFF":
-        return 1
+def _orientation(image: pillow.Image) -> int | None:
+    """What `exif_transpose` would turn by, None where Pillow broke at it."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        return _TURNS.get(image.getexif().get(_ORIENTATION), 1)
     except Exception:  # broken metadata does not make an image unreadable
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+        return None
+
+
+def _stored(image: pillow.Image) -> tuple[int, int]:
+    """Height and width as stored. Those of a TIFF file are the turned image's, unless XMP data turn it."""
+    if image.format == "TIFF" and image.tag_v2.get(_ORIENTATION) in _SIDEWAYS:  # type: ignore[attr-defined]
+        return image.width, image.height
+    return image.height, image.width
+
+
+def _turned_back(pixels: NDArray[np.uint8], orientation: int | None) -> NDArray[np.uint8]:
+    """As stored: Pillow turns TIFF files, and these alone, as it loads them."""
+    if orientation in (6, 8):
+        return np.rot90(pixels, 1 if orientation == 6 else -1)
+    if orientation in (5, 7):
+        pixels = pixels.transpose(1, 0, 2)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3, 7) else 1)
+    return pixels[rows, columns]
 
 
 def _broken(view: Any, kind: int, error: Exception) -> DecodeError:

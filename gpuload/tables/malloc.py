@@ -37,3 +37,9 @@ def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
         return False
     taken = [mallopt(option, value) == 1 for option, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 2))]
     return all(taken)
+
+
+def give_back() -> None:
+    """Give what is free to the kernel: of an image so large that its memory should not stay."""
+    if tune():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 RING = 2  # arenas a lane: one is read by the kernel while the other is decoded into
 _LEAST = 1 << 20  # bytes
+_KEPT = 64 << 20  # bytes that a slot keeps in any case; of more it gives back what is four times too much
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Slot:
 
     def arena(self, size: int) -> torch.Tensor:
         """u8[>= size] on the device."""
-        if len(self._arena) < size or not len(self._arena):
+        if _misfits(self._arena, size) or not len(self._arena):
             self._arena = self._arena[:0].clone()  # give the old one back before asking for more
             self._arena = empty(max(size + size // 4, _LEAST), self._device, "decoded images")
             self._synchronize()
@@ -77,7 +78,7 @@ class Slot:
 
     def host_memory(self, size: int, keep: int) -> NDArray[np.uint8]:
         """u8[>= size] on the host, page-locked where it is copied to a GPU; its first `keep` bytes stay as they are."""
-        if len(self._host) < size:
+        if _misfits(self._host, size):
             larger = empty(size + size // 4, torch.device("cpu"), "images", pin=self._device.type == "cuda")
             larger[:keep] = self._host[:keep]
             self._host = larger
@@ -87,7 +88,7 @@ class Slot:
         """The first `size` bytes of the host memory, on the device: put on the current stream, or the very same."""
         if self._device.type == "cpu":
             return self._host
-        if len(self._there) < size:
+        if _misfits(self._there, size):
             self._there = self._there[:0].clone()
             self._there = empty(size + size // 4, self._device, "images that the host decoded")
         self._there[:size].copy_(self._host[:size], non_blocking=True)
@@ -102,6 +103,11 @@ class Slot:
     def _synchronize(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _misfits(memory: torch.Tensor, size: int) -> bool:
+    """Whether it is too small, or so large for its use that another image's size must be the reason."""
+    return len(memory) < size or len(memory) > max(_KEPT, 4 * size)
 
 
 def event(device: torch.device) -> Any:

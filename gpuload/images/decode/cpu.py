@@ -14,6 +14,7 @@ from gpuload.images.decode import line
 from gpuload.images.decode.host import MAX_PIXELS, Host
 
 _LEAST = 1 << 20  # bytes
+_KEPT = 32 << 20  # bytes a thread keeps from call to call; what a larger image took goes when its pixels were read
 
 
 class CpuDecoder:
@@ -48,7 +49,10 @@ class CpuDecoder:
         self._host.decode(encoded, headers, which, windows, self._arena, table, errors, scales=scales)
         if errors:
             self._host.count("failed", len(errors))
-        return Ragged(torch.from_numpy(self._arena(0, 0)), table, errors)
+        arena = self._arena(0, 0)
+        if len(arena) > _KEPT:
+            self._local.arena = None
+        return Ragged(torch.from_numpy(arena), table, errors)
 
     def line(
         self,

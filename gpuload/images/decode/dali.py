@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from gpuload.errors import DeviceError, install
 from gpuload.images import KINDS, RGB, Encoded
 from gpuload.images.decode.arena import Lane, Slot, Tool
-from gpuload.images.decode.host import plain
-from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.host import plain, with_codes
+from gpuload.images.decode.lanes import LaneDecoder, about_images
 
 _ENDS = 2  # HEADER's word for a file that ends with its end marker
 _OTHERS = [KINDS.index(kind) for kind in ("PNG", "BMP", "WEBP")]  # it reads more; 16-bit samples it scales, Pillow cuts
-_FATAL = ("out of memory", "cuda error", "cuda runtime", "cuda driver", "unspecified launch failure", "illegal memory")
 _NAMED = re.compile(r"sample #(\d+)")
 
 
@@ -91,9 +90,8 @@ class DaliDecoder(LaneDecoder):
         return pipeline
 
     def _claim(self, encoded: Encoded, headers: NDArray[np.void]) -> dict[int, Any]:
-        mine = (
-            plain(headers) & (headers["end"] == _ENDS) & (headers["colour"] != RGB)
-        )  # of RGB it takes planes for YCbCr
+        mine = plain(headers) & (headers["end"] == _ENDS) & with_codes(headers)
+        mine &= headers["colour"] != RGB  # of RGB it takes planes for YCbCr
         mine |= np.isin(headers["kind"], _OTHERS) & (headers["height"] > 0) & (headers["precision"] <= 8)
         return {i: encoded.view(i) for i in np.flatnonzero(mine).tolist()}
 
@@ -116,32 +114,36 @@ class DaliDecoder(LaneDecoder):
         parts = [list(claimed)]
         while parts:
             part = parts.pop()
+            self._ready(lane.tool, len(part))
             try:
                 images = self._decode_part(lane, [claimed[i] for i in part])
-            except RuntimeError as error:
+                places = _places(images)
+            except Exception as error:
                 lane.tool.made = None  # "Current pipeline object is no longer valid"
-                if any(word in str(error).lower() for word in _FATAL):
+                if not about_images(error):
                     raise
                 bad, *halves = _apart(part, str(error))
                 failed += bad
                 parts += [half for half in halves if half]
                 continue
             slot.keep.append(images)
-            for i, (address, shape) in zip(part, _places(images), strict=True):
+            for i, (address, shape) in zip(part, places, strict=True):
                 if shape != (table["height"][i], table["width"][i], 3):
                     failed.append(i)
                 table["offset"][i] = address - start
         return sorted(failed)
 
+    def _ready(self, tool: Tool, images: int) -> None:
+        """Give the lane a pipeline for calls of so many images, unless it has one."""
+        if tool.made is None or tool.images < images:
+            tool.images = max(tool.images, images)
+            tool.made = self._build(tool.images)
+
     def _decode_part(self, lane: Lane[Any], views: list[NDArray[np.uint8]]) -> Any:
         """DALI's list of images, ordered on the lane's stream."""
-        tool = lane.tool
-        if tool.made is None or tool.images < len(views):
-            tool.images = max(tool.images, len(views))
-            tool.made = self._build(tool.images)
-        tool.made.feed_input("encoded", views)
-        cuda = self.device.type == "cuda"
-        (images,) = tool.made.run(lane.stream.cuda_stream) if cuda else tool.made.run()
+        pipeline, cuda = lane.tool.made, self.device.type == "cuda"
+        pipeline.feed_input("encoded", views)
+        (images,) = pipeline.run(lane.stream.cuda_stream) if cuda else pipeline.run()
         return images
 
 

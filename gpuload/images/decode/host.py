@@ -35,6 +35,15 @@ def plain(headers: NDArray[np.void]) -> NDArray[np.bool_]:
     return found
 
 
+def with_codes(headers: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which JPEG files of HEADER[N] bring the Huffman tables that files of their kind use: 0 for gray, 0 and 1 for
+    colour. libjpeg has standard ones for the others (frames of Motion JPEG); a GPU's decoder need not."""
+    wanted = np.where(headers["components"] == 1, 1, 3)
+    later = headers["process"] == 2  # progressive: those for AC may follow the first scan
+    found: NDArray[np.bool_] = (headers["dc"] & wanted == wanted) & (later | (headers["ac"] & wanted == wanted))
+    return found
+
+
 class Host:
     """Decodes on the host and counts images by the library that read them. May be used by many threads at once.
 
@@ -160,26 +169,26 @@ class Host:
     ) -> int:
         """What has no native way, one by one, whole, behind the first `used` bytes; the bytes used then."""
 
-        def one(i: int) -> Any:
+        rows, mine = np.zeros(len(which), PIXELS), headers[which]
+        put_whole(rows, mine["height"], mine["width"], 3, mine["orientation"])  # gray ones leave a part of it alone
+        end = lay_out(rows, np.arange(len(rows)), used)
+        memory = room(end, used)
+
+        def one(k: int) -> DecodeError | None:
             try:
-                return self._whole(encoded, i, headers[i])
+                pixels = self._whole(encoded, int(which[k]), mine[k])
             except DecodeError as error:
                 return error
-
-        good, found = [], []
-        for i, pixels in zip(which.tolist(), run(one, which.tolist()), strict=True):
-            if isinstance(pixels, DecodeError):
-                errors[i] = pixels
-                continue
-            height, width, channels = pixels.shape
-            put_whole(table[i : i + 1], height, width, channels, headers["orientation"][i])
-            good.append(i)
-            found.append(pixels)
-        end = lay_out(table, good, used)
-        memory = room(end, used)
-        for i, pixels in zip(good, found, strict=True):
-            start = int(table["offset"][i])
+            start, channels = int(rows["offset"][k]), pixels.shape[2]
             memory[start : start + pixels.size].reshape(pixels.shape)[...] = pixels
+            rows["channels"][k], rows["pitch"][k] = channels, pixels.shape[1] * channels
+            return None
+
+        for k, error in enumerate(run(one, range(len(which)))):
+            if error is None:
+                table[which[k]] = rows[k]
+            else:
+                errors[int(which[k])] = error
         return end
 
     def _whole(self, encoded: Encoded, i: int, header: Any) -> NDArray[np.uint8]:

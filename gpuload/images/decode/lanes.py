@@ -15,10 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuload.errors import DecodeError
+from gpuload.errors import DecodeError, GpuloadError
 from gpuload.images import PIXELS, Encoded, Ragged, lay_out, put_whole
 from gpuload.images.decode.arena import Lane, Lanes, Lease, Slot
 from gpuload.images.decode.host import Host
+
+_FATAL = ("out of memory", "cuda error", "cuda runtime", "cuda driver", "unspecified launch failure", "illegal memory")
+
+
+def about_images(error: Exception) -> bool:
+    """Whether what a decoder raised may be about one of its images, whatever its type: libraries raise nearly anything
+    over an odd header. Not about an image are memory that ran out, and a GPU that no longer answers."""
+    if isinstance(error, (GpuloadError, MemoryError, torch.OutOfMemoryError)):
+        return False
+    return not any(word in str(error).lower() for word in _FATAL)
 
 
 class LaneDecoder:

@@ -23,8 +23,8 @@ from PIL import Image as pillow
 from gpuload.errors import DeviceError, install
 from gpuload.images import KINDS, RGB, Encoded, Memory
 from gpuload.images.decode.arena import Lane, Slot, Tool, empty
-from gpuload.images.decode.host import plain
-from gpuload.images.decode.lanes import LaneDecoder
+from gpuload.images.decode.host import plain, with_codes
+from gpuload.images.decode.lanes import LaneDecoder, about_images
 
 HARDWARE_LOAD = 0.65  # share of a batch for the JPEG engine to begin with; DALI's default, not measured here yet
 _JPEG, _ENDS = KINDS.index("JPEG"), 2  # HEADER's words
@@ -153,9 +153,8 @@ class NvImageCodecDecoder(LaneDecoder):
 
     def _claim(self, encoded: Encoded, headers: NDArray[np.void]) -> dict[int, Any]:
         jpeg = headers["kind"] == _JPEG
-        mine = (
-            plain(headers) & (headers["end"] == _ENDS) & (headers["colour"] != RGB)
-        )  # of RGB it takes the planes for YCbCr
+        mine = plain(headers) & (headers["end"] == _ENDS) & with_codes(headers)
+        mine &= headers["colour"] != RGB  # of RGB it takes the planes for YCbCr
         mine |= ~jpeg & (headers["height"] > 0) & np.isin(headers["kind"], self._others)
         with self._making:
             return self._streams(encoded, headers, np.flatnonzero(mine).tolist())
@@ -184,14 +183,29 @@ class NvImageCodecDecoder(LaneDecoder):
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:
-        self._ready(lane, len(table))
-        start, rows = arena.data_ptr(), table[list(claimed)]
+        start, rows, which = arena.data_ptr(), table[list(claimed)], list(claimed)
         columns = (rows[name].tolist() for name in ("offset", "height", "width"))
         places = [(start + offset, (height, width, 3)) for offset, height, width in zip(*columns, strict=True)]
         slot.keep.append(claimed)  # the encoded bytes: the engine may read them after the call
-        images = self._decode_to(lane, [stream for stream, _ in claimed.values()], places)
-        slot.keep.append(images)
-        return [i for i, image in zip(claimed, images, strict=True) if image is None]
+        streams = [stream for stream, _ in claimed.values()]
+        failed: list[int] = []
+        parts = [range(len(streams))]
+        while parts:
+            part = parts.pop()
+            self._ready(lane, len(table))
+            try:
+                images = self._decode_to(lane, [streams[k] for k in part], [places[k] for k in part])
+            except Exception as error:
+                lane.tool.made = None  # nobody says what state it is in
+                if not about_images(error):
+                    raise
+                half = len(part) // 2
+                parts += [part[:half], part[half:]] if half else []
+                failed += [] if half else [which[part[0]]]
+                continue
+            slot.keep.append(images)
+            failed += [which[k] for k, image in zip(part, images, strict=True) if image is None]
+        return sorted(failed)
 
     def _decode_to(self, lane: Lane[Any], streams: list[Any], places: list[tuple[int, Any]]) -> list[Any]:
         """Put on the lane's stream; images or None. A place is (address, (height, width, 3))."""

@@ -391,7 +391,7 @@ def samplings(headers: NDArray[np.void]) -> NDArray[np.intp]:
     """
     good = (headers["kind"] == _JPEG) & (headers["height"] > 0) & (headers["end"] == _ENDS)
     good &= (headers["process"] == _BASELINE) & (headers["precision"] == 8)
-    good &= (headers["scan"] == headers["components"]) & (headers["dc"] > 0) & (headers["ac"] > 0)
+    good &= (headers["scan"] == headers["components"]) & with_codes(headers)
     present = (headers["quantisation"][:, None] >> headers["table"]) & 1
     h, v = headers["h"], headers["v"]
     gray = good & (headers["components"] == 1) & (headers["colour"] == GRAY) & (present[:, 0] == 1)
