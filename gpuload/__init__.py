@@ -1,21 +1,26 @@
 """Lance datasets as batches of CUDA tensors: images decoded, prompts tokenized, in an exactly reproducible order."""
 
-from gpuload.batch import Batch
-from gpuload.dataset import LanceDataset
-from gpuload.errors import (
-    ConfigError,
-    DecodeError,
-    DeviceError,
-    ForkError,
-    GpuloadError,
-    RowError,
-    StateError,
-    TextError,
-)
-from gpuload.fields.text import Text
-from gpuload.images import HEADER, Decoder, Encoded, Ragged
-from gpuload.images.transform import Image
-from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
+from gpuload import signals
+
+if signals.command_line():  # a command imports what it needs once it can be interrupted, and help is there at once
+    signals.listen()
+else:
+    from gpuload.batch import Batch
+    from gpuload.dataset import LanceDataset
+    from gpuload.errors import (
+        ConfigError,
+        DecodeError,
+        DeviceError,
+        ForkError,
+        GpuloadError,
+        RowError,
+        StateError,
+        TextError,
+    )
+    from gpuload.fields.text import Text
+    from gpuload.images import HEADER, Decoder, Encoded, Ragged
+    from gpuload.images.transform import Image
+    from gpuload.order.samplers import FullScanSampler, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler
 
 __version__ = "0.1.0"
 

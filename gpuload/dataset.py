@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections import Counter
@@ -19,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import IterableDataset
 
+from gpuload import ending
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
@@ -39,6 +37,7 @@ from gpuload.order.foreign import raw_batches
 from gpuload.order.ranks import check_wrappers
 from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
+from gpuload.tables.cache import make_folder, remove_folder
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
 
@@ -393,13 +392,15 @@ class LanceDataset(IterableDataset[Batch]):
         """The source, opened and its columns resolved on first use."""
         check_fork()
         options = self._options
-        if self._source is None:
-            self._source = LanceTable(options.dataset, **options.table())
-            if not self._source.rows and options.filter is not None:
-                warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
-        if not self._columns:
-            self._columns = resolve(self._source.schema, options.transforms, self._source.first_value, self._formats)
-        return self._source
+        with ending.inside():
+            if self._source is None:
+                self._source = LanceTable(options.dataset, **options.table())
+                if not self._source.rows and options.filter is not None:
+                    warnings.warn(f"No row matches filter={options.filter!r}.", stacklevel=3)
+            if not self._columns:
+                first_value = self._source.first_value
+                self._columns = resolve(self._source.schema, options.transforms, first_value, self._formats)
+            return self._source
 
     def _save(self, place: Position) -> dict[str, Any]:
         return plans.save(self._sampler(), self._open(), self._options, place)
@@ -441,10 +442,13 @@ class LanceDataset(IterableDataset[Batch]):
         cache = self._options.cache
         if not cache or self._open().cached:
             return
-        where = None if cache is True else str(cache)
-        folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
-        Finalize(self, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # in a worker too
-        self._open().use_cache(folder)
+        folder = make_folder(None if cache is True else str(cache))
+        remove = Finalize(self, remove_folder, (folder,), exitpriority=0)  # in a worker too
+        try:
+            self._open().use_cache(folder)
+        except BaseException:
+            remove()
+            raise
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
@@ -454,8 +458,10 @@ def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
 _in_use: weakref.WeakSet[LanceDataset] = weakref.WeakSet()
 
 
-@atexit.register
 def _close_all() -> None:
     """End what still runs while the modules that it needs are whole: an open iterator outlives them otherwise."""
     for dataset in list(_in_use):
         dataset.close()
+
+
+ending.then(_close_all)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpuload import ending
 from gpuload.batch import Batch
 from gpuload.order.epochs import Epochs
 from gpuload.order.state import Position
@@ -40,6 +41,7 @@ class Batches(Iterator[Any]):
         self._times = epochs.times
         self._steps: int | None = None
         self._left = self._closed = False
+        self._lock = threading.RLock()  # one thread at a time: a generator runs in no two
 
     @property
     def alive(self) -> bool:
@@ -60,6 +62,10 @@ class Batches(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
+        with ending.inside(), self._lock:
+            return self._next()
+
+    def _next(self) -> Any:
         if self._closed:
             raise StopIteration
         try:
@@ -84,7 +90,11 @@ class Batches(Iterator[Any]):
         return batch
 
     def close(self) -> None:
-        """End what runs. No batch follows."""
+        """End what runs, once a batch that another thread is waiting for is there. No batch follows."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True

@@ -29,6 +29,7 @@ from gpuload.order.permutation import Permutation
 from gpuload.tables import malloc, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
+from gpuload.tables.write import write_stream
 
 
 class LanceTable:
@@ -227,8 +228,7 @@ class LanceTable:
                 yield from rows.rename_columns(names).to_batches()
 
         empty = self.read(np.empty((0, 2), np.int64)).rename_columns(names)
-        reader = pa.RecordBatchReader.from_batches(empty.schema, batches())
-        self._cache = lance.write_dataset(reader, os.path.join(folder, "cache.lance"), mode="create")
+        self._cache = write_stream(batches(), empty.schema, os.path.join(folder, "cache.lance"), mode="create")
 
     def _column(self, field: Field, table: pa.Table | None, ranges: Ranges) -> pa.ChunkedArray:
         if field.blob:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gpuload import signals
 from gpuload.errors import ConfigError, GpuloadError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class _Group(TyperGroup):
         except GpuloadError as error:
             _complain(f"gpuload: {error}")
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(signals.say_and_status()) from error
 
 
 app = typer.Typer(
@@ -81,6 +84,9 @@ def ingest(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write a new version of an existing dataset.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add rows to an existing dataset.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Add only the files that are not in it yet, by source and path.")
+    ] = False,
     fragment_rows: Annotated[int, typer.Option(min=1, help="Rows of a fragment at most.")] = 1 << 20,
     threads: Annotated[int, typer.Option(min=1, help="Files read at a time.")] = 4,
     storage_version: Annotated[str | None, typer.Option(help="Lance file format, for instance 2.0.")] = None,
@@ -100,15 +106,20 @@ def ingest(
         labels=labels,
         overwrite=overwrite,
         append=append,
+        resume=resume,
         num_threads=threads,
         fragment_rows=fragment_rows,
         data_storage_version=storage_version or STORAGE_VERSION,  # type: ignore[arg-type]
         progress=progress,
     )
-    _say_what_happened(done, report)
+    if append and done.there:
+        _complain(
+            f"{done.there:,} of these files were in {target} already and are in it twice now; --resume adds the others"
+        )
+    _say_what_happened(done, report, adds=append or resume)
 
 
-def _say_what_happened(done: IngestReport, file: Path | None) -> None:
+def _say_what_happened(done: IngestReport, file: Path | None, adds: bool) -> None:
     for what, entries in (("left out", done.left_out), ("caption not used", done.unused_captions)):
         for path, why in entries[:_LISTED]:
             _complain(f"{what}: {path}: {why}")
@@ -125,6 +136,8 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
     from gpuload.tools.describe import size
 
     parts = [f"{done.rows:,} rows, {size(done.bytes)} of images, in {done.seconds:,.1f} s"]
+    parts += [f"{done.there:,} were there"] if adds and done.there else []
+    parts += [f"{done.total:,} rows in all"] if adds else []
     parts += [f"{len(done.classes):,} classes"] if done.classes else []
     if done.without_caption is not None:
         parts.append(f"{done.rows - done.without_caption:,} with a caption, {done.without_caption:,} without")
@@ -261,7 +274,13 @@ def demo(
 
 def main() -> None:
     """What the script ``gpuload`` runs."""
-    app()
+    signals.listen()
+    try:
+        app(prog_name="gpuload")
+    except SystemExit as end:
+        if signals.received():
+            signals.leave(int(end.code or 1))
+        raise
 
 
 # -- what the commands share ---------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Folder:
             elif file.kind == "image":
                 self.files, texts = self.files + 1, texts or file.text is not None
                 if "/" in file.path:
-                    classes[_shown(file.path).split("/")[0]] = None
+                    classes[shown(file.path).split("/")[0]] = None
         if not self.files:
             raise ConfigError(f"Expected images in {str(root)!r}, found no file.")
         for table in [given] if given is not None else tables:
@@ -115,11 +115,11 @@ class Folder:
             with os.scandir(self.root / below) as found:
                 entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
         except OSError as error:
-            yield File(_shown(below), "odd", why=f"folder cannot be read: {error.strerror}")
+            yield File(shown(below), "odd", why=f"folder cannot be read: {error.strerror}")
             return
         here = (status.st_dev, status.st_ino)
         if here in above:
-            yield File(_shown(below), "odd", why="a link to a folder above it")
+            yield File(shown(below), "odd", why="a link to a folder above it")
             return
         texts = {_stem(entry.name): entry.name for entry in entries if _is(entry.name, ".txt")}
         stems = {_stem(e.name) for e in entries if not _is(e.name, ".txt", ".json") and e.name not in TABLES}
@@ -130,14 +130,14 @@ class Folder:
             if entry.is_dir():
                 yield from self.walk(path, (*above, here))
             elif not entry.is_file():
-                yield File(_shown(path), "odd", why="neither a file nor a folder")
+                yield File(shown(path), "odd", why="neither a file nor a folder")
             elif entry.name in TABLES:
                 yield File(path, "table")
             elif not _is(entry.name, ".txt"):
                 text = f"{path[: -len(entry.name)]}{texts[stem]}" if stem in texts else None
                 yield File(path, "image", text)
             elif stem not in stems:
-                yield File(_shown(path), "text", why="a text without an image beside it")
+                yield File(shown(path), "text", why="a text without an image beside it")
 
     def _read(self, table: Path, required: bool) -> None:
         """Add a table's captions. One that was found, not named by the user, may hold none."""
@@ -193,7 +193,7 @@ def read_ahead(root: Path, files: Iterator[File], num_threads: int) -> Iterator[
 
 def _read(root: Path, file: File) -> Row:
     """One file's bytes, its header checked, and the text beside it."""
-    row = Row(_shown(file.path))
+    row = Row(shown(file.path))
     try:
         if os.path.getsize(root / file.path) > LARGEST:
             row.refused = f"larger than {LARGEST >> 20} MiB"
@@ -231,6 +231,6 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A path that can be stored: names on disk are bytes, and need not be UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
