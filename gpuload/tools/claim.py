@@ -121,6 +121,11 @@ def remove_leftovers(uri: str, run: Run) -> None:
             far = run.host != os.uname().nodename and time.time() - status.st_mtime < _QUIET
             if status.st_mtime >= run.began - 1 and not theirs and not far:
                 path.unlink()
+    forget(uri)
+
+
+def forget(uri: str) -> None:
+    """Take the note away."""
     with contextlib.suppress(OSError):
         (Path(uri) / NOTE).unlink()
 
@@ -133,8 +138,7 @@ def remove_unborn(uri: str) -> None:
     for _ in range(20):
         for name in ("data", "_transactions", "_versions"):
             shutil.rmtree(Path(uri) / name, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            (Path(uri) / NOTE).unlink()
+        forget(uri)
         if not os.path.isdir(uri) or os.listdir(uri):
             return
         with contextlib.suppress(OSError):

@@ -49,6 +49,7 @@ app = typer.Typer(
     help="Lance datasets as batches of tensors: make one from a folder of images, look into it, try it.",
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 

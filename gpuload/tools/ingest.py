@@ -30,7 +30,7 @@ from lance.progress import FragmentWriteProgress
 from gpuload import signals
 from gpuload.errors import ConfigError
 from gpuload.tables.write import write_stream
-from gpuload.tools.claim import Claim, Run, killed, remove_leftovers, remove_unborn
+from gpuload.tools.claim import Claim, Run, forget, killed, remove_leftovers, remove_unborn
 from gpuload.tools.folder import File, Folder, Row, read_ahead, shown
 
 StorageVersion = Literal["2.0", "2.1", "2.2"]
@@ -360,6 +360,7 @@ def _existing(uri: str, overwrite: bool, append: bool, resume: bool, source: str
             f"Expected a run to be repeated with --resume, got {uri!r}, where the {left.mode} of {source!r} was killed "
             f"after its rows were there: {old.count_rows():,} rows in all. --resume adds what is missing, if anything."
         )
+    forget(uri)
     if not (overwrite or append or resume):
         raise ConfigError(
             f"Expected a new place, got {uri!r}, which exists. Use --overwrite or --append. --resume adds only the "
