@@ -184,14 +184,16 @@ def test_append_says_that_rows_come_twice_and_how_many_there_are(source: Path, t
 def test_a_target_that_is_being_written_is_refused(source: Path, target: Path) -> None:
     run(source, target)
     program = """
-        import sys, time
+        import sys, time, types
+        package = sys.modules["gpuload"] = types.ModuleType("gpuload")
+        package.__path__ = [sys.argv[2]]
         from gpuload.tools.claim import Claim, Run
         claim = Claim(sys.argv[1], Run("elsewhere", "append"))
         print("ready", flush=True)
         time.sleep(60)
     """
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(target)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(program), str(target), PACKAGE], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -31,8 +31,8 @@ batch
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
-tools tools.trace tools.describe tools.folder tools.claim tools.ingest tools.sheet tools.demo tools.bench
-tools.doctor tools.cli __main__
+tools tools.trace tools.describe tools.progress tools.metadata tools.folder tools.claim tools.ingest tools.sheet tools.demo
+tools.bench tools.doctor tools.cli __main__
 """.split()  # noqa: SIM905 - the lines say more than a list would
 
 # One optional or heavy package, one place that knows it.
@@ -47,7 +47,7 @@ OWNERS = {
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
     | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
     "typer": {"tools.cli"},
-    "rich": {"tools.cli", "tools.ingest"},
+    "rich": {"tools.cli", "tools.progress"},
 }
 
 

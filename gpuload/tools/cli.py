@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
-import tempfile
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,8 +75,11 @@ def ingest(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV, TSV or JSONL with file_name and caption. Else metadata.csv/.jsonl, else 7.txt by 7.jpg."
+            help="CSV, TSV, JSONL or Parquet with file_name and caption. Else metadata.*, else 7.txt by 7.jpg."
         ),
+    ] = None,
+    caption_from: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The table's column of captions. Default: caption, text, prompt.")
     ] = None,
     labels: Annotated[
         bool | None, typer.Option("--labels/--no-labels", help="Sub-folders are classes. Default: if two or more.")
@@ -96,7 +97,8 @@ def ingest(
 ) -> None:
     """Write a folder of images as a Lance dataset: one row a file, its bytes as they are.
 
-    Captions come from --captions, else from metadata.csv or metadata.jsonl in its folders, else from 7.txt by 7.jpg.
+    Captions come from --captions, else from metadata.csv, .jsonl or .parquet in its folders, else from 7.txt by 7.jpg.
+    The other columns of these tables are kept with their types.
     """
     from gpuload.tools.ingest import STORAGE_VERSION, ingest
 
@@ -104,6 +106,7 @@ def ingest(
         source,
         target,
         captions=captions,
+        caption_from=caption_from,
         labels=labels,
         overwrite=overwrite,
         append=append,
@@ -152,14 +155,13 @@ def inspect(
     dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
 ) -> None:
     """Show what a Lance dataset holds: columns and their roles, rows, fragments, bytes, formats and sizes of images."""
-    from gpuload.tables.lance import LanceTable
-    from gpuload.tools.describe import columns, facts, form, image_sample
+    from gpuload.tools.describe import columns, facts, form, image_sample, open_table, role
 
-    source, console = LanceTable(dataset), _console()
+    source, console = open_table(dataset), _console()
     found = columns(source)
     console.print(f"[bold]{_plain(source.uri)}[/bold]")
     _table(console, ("", ""), facts(source), named=False)
-    roles = [(column.name, str(column.type), column.role, form(source, column)) for column in found]
+    roles = [(column.name, str(column.type), role(column), form(source, column)) for column in found]
     _table(console, ("column", "type", "role", "in a batch"), roles)
     for column in found:
         if column.role == "image" and source.rows:
@@ -180,12 +182,11 @@ def view(
 ) -> None:
     """Draw a contact sheet of a batch, decoded as for training; rows that cannot be decoded are crossed out."""
     from gpuload.dataset import LanceDataset
-    from gpuload.tables.lance import LanceTable
-    from gpuload.tools.describe import caption_column, class_names, image_column
+    from gpuload.tools.describe import caption_column, class_names, image_column, open_table
     from gpuload.tools.sheet import contact_sheet
 
-    source = LanceTable(dataset)
-    image, caption = image_column(source, image), caption or caption_column(source)
+    source = open_table(dataset)
+    image, caption = image_column(source, image), caption_column(source, caption)
     if start >= source.rows:
         raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")
     wanted = list(dict.fromkeys([image, *([caption] if caption else [])]))
@@ -210,13 +211,17 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that decode. Default: one a core.")] = None,
     shuffle: Annotated[str | None, typer.Option(help="row, block or batch. Default: in order.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto or chrome://tracing.")] = None,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
 ) -> None:
     """Load a dataset as for training: its rate, where the time goes, and what would make it faster."""
     from gpuload.tools.bench import advice, measure, prepare, table
+    from gpuload.tools.progress import rows_bar
     from gpuload.tools.trace import Trace
 
     timeline, console = Trace() if trace else None, _console()
-    done = measure(prepare(dataset, batch_size, size, threads, shuffle), seconds, timeline)
+    prepared = prepare(dataset, batch_size, size, threads, shuffle)
+    with rows_bar("loading", seconds, progress) as show:
+        done = measure(prepared, seconds, timeline, show)
     _table(console, *table(done.stats))
     console.print(
         f"{done.rows:,} rows in {done.seconds:,.2f} s: [bold]{done.rate:,.0f} rows/s[/bold], first batch", end=" "
@@ -230,21 +235,23 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder for the dataset and the sheet. Default: a new one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for shapes.lance and sheet.png. Default: this one.")] = Path("."),
     rows: Annotated[int, typer.Option(min=1, help="Generated pictures.")] = 512,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
 ) -> None:
     """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
     from gpuload.dataset import LanceDataset
     from gpuload.fields.text import Text
     from gpuload.images.transform import Image
     from gpuload.tools.bench import table
-    from gpuload.tools.demo import write_demo
+    from gpuload.tools.demo import demo_mark, demo_places, write_demo
+    from gpuload.tools.progress import rows_bar
     from gpuload.tools.sheet import contact_sheet
 
-    folder = out or Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
-    target = folder / "shapes.lance"
+    target, picture = demo_places(out)
     console, began = _console(), time.perf_counter()
-    write_demo(target, rows)
+    with rows_bar("drawing", rows, progress) as show:
+        write_demo(target, rows, show=show)
     made = time.perf_counter() - began
     console.print(f"[bold]{_plain(str(target))}[/bold]: {rows:,} captioned pictures, made in {made:.1f} s")
     dataset = LanceDataset(
@@ -257,7 +264,11 @@ def demo(
     with dataset:
         began, batches = time.perf_counter(), iter(dataset)
         first = next(batches)
-        deque(batches, maxlen=0)
+        with rows_bar("loading", rows, progress) as show:
+            done = first.size
+            for batch in batches:
+                done += batch.size
+                show(done, done)
         seconds = time.perf_counter() - began
         stats = dataset.stats()
     _table(console, ("first batch", "dtype", "shape", "device"), _shapes(first))
@@ -269,8 +280,8 @@ def demo(
     pairs = zip(first["caption"].cpu(), first["caption_mask"].cpu().bool(), strict=True)
     captions = [bytes(ids[mask].tolist()).decode() for ids, mask in pairs]  # "bytes" can be read back
     sheet = contact_sheet(first["image"][:24], captions[:24], columns=8, title="gpuload demo: the first batch")
-    _save(sheet, folder / "sheet.png")
-    console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(folder / 'sheet.png'))}[/bold]")
+    _save(sheet, picture, pnginfo=demo_mark())
+    console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(picture))}[/bold]")
 
 
 def main() -> None:
@@ -300,11 +311,13 @@ def _from(start: int) -> FullScanSampler:
 
 
 def _texts(batch: Batch, name: str, classes: Sequence[str]) -> list[str | None]:
-    """Captions: texts as they are, classes by their names, None for a null."""
+    """Captions: texts as they are, several in one line, classes by their names, None for a null."""
     nulls = batch.nulls[name].tolist() if name in batch.nulls else [False] * batch.size
     values = [None if null else value for null, value in zip(nulls, batch[name], strict=True)]
     named = dict(enumerate(classes))
-    return [None if value is None else named.get(int(value)) if classes else str(value) for value in values]
+    if classes:
+        return [None if value is None else named.get(int(value)) for value in values]
+    return [" / ".join(filter(None, value)) if isinstance(value, list) else value for value in values]
 
 
 def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:
@@ -355,10 +368,10 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
     console.print(table)
 
 
-def _save(sheet: Any, out: Path) -> None:
+def _save(sheet: Any, out: Path, **options: Any) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out)
+        sheet.save(out, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a place for a picture, for instance sheet.png, got {str(out)!r}: {error}."

@@ -17,8 +17,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,14 @@ from gpuload.errors import ConfigError
 from gpuload.tables.write import write_stream
 from gpuload.tools.claim import Claim, Run, forget, killed, remove_leftovers, remove_unborn
 from gpuload.tools.folder import File, Folder, Row, read_ahead, shown
+from gpuload.tools.progress import files_bar
 
 StorageVersion = Literal["2.0", "2.1", "2.2"]
 # The file format of new datasets, in this one place: Lance's own default. 2.0 reads runs of rows 1.3 times as fast, but
 # a row shuffle at 0.9 of the rate, and knows no blobs (benchmarks/results/read-2.0.json, read-2.2.json).
 STORAGE_VERSION: StorageVersion = "2.2"
 BATCH_BYTES, BATCH_ROWS = 64 << 20, 8192  # of one write: what stays in memory, a few times over
+_NONE: Mapping[str, pa.DataType] = {}
 _SOURCE, _RUN = "gpuload.source", "gpuload.run"  # properties of a transaction
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -81,6 +83,7 @@ def ingest(
     target: str | os.PathLike[str],
     *,
     captions: str | os.PathLike[str] | None = None,
+    caption_from: str | None = None,
     labels: bool | None = None,
     overwrite: bool = False,
     append: bool = False,
@@ -104,10 +107,13 @@ def ingest(
         A folder, read with all its sub-folders.
     target : path or URI
     captions : path, optional
-        CSV, TSV or JSONL with a file column (``file_name``) and a caption column (``caption``, ``text`` or
+        CSV, TSV, JSONL or Parquet with a file column (``file_name``) and a caption column (``caption``, ``text`` or
         ``prompt``). Names are relative to the folder of the table where that is inside `source`, else to `source`.
-        Without it every ``metadata.csv`` and ``metadata.jsonl`` inside `source` is one. An image that no table names
-        has the text file beside it as its caption: ``7.jpg``, ``7.txt``.
+        Without it every ``metadata.csv``, ``.jsonl`` and ``.parquet`` inside `source` is one. Their other columns are
+        kept with their types; a picture with several captions, in a list or in several rows, makes the column one of
+        lists. An image that no table gives a caption has the text file beside it: ``7.jpg``, ``7.txt``.
+    caption_from : str, optional
+        The column of captions, under whatever name.
     labels : bool, optional
         Whether the sub-folders right under `source` are classes. None: if at least two of them hold files.
     overwrite, append, resume : bool
@@ -129,16 +135,16 @@ def ingest(
     """
     began, uri, origin = time.perf_counter(), os.fspath(target), os.path.realpath(source)
     old = _existing(uri, overwrite, append, resume, origin)
-    folder = Folder(source, captions, labels, without=uri)
+    folder = Folder(source, captions, labels, without=uri, caption_from=caption_from)
     adds = old is not None and (append or resume)
     known = _Known()
     if old is not None and adds:
         _fit(folder, old, uri)
         known = _Known(*_paths(old, origin), uri=uri, skip=resume)
-    report = IngestReport(uri, classes=folder.classes, without_caption=0 if folder.captioned else None)
-    schema = image_schema(folder.classes or None, folder.captioned)
+    report = IngestReport(uri, classes=folder.classes, without_caption=None if folder.caption is None else 0)
+    schema = image_schema(folder.classes or None, folder.caption, folder.metadata.columns)
     mode: Literal["create", "append", "overwrite"] = "create" if old is None else "append" if adds else "overwrite"
-    with _bar(folder.files, progress) as advance, warnings.catch_warnings():
+    with files_bar(folder.files, progress) as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow thinks of a header is not this user's affair
         rows = rows_of(folder, num_threads, report, advance, known)
         first = next(rows, None) if known.skip else None
@@ -149,7 +155,7 @@ def ingest(
             what = f"images in {str(source)!r}"
             done = write(rows, uri, schema, mode, fragment_rows, fragment_bytes, data_storage_version, what, origin)
             report.total = done.count_rows()
-    report.unused_captions += [(path, "no such file") for path in folder.captions]
+    report.unused_captions += [(path, "no such file") for path in folder.metadata.left]
     report.seconds = time.perf_counter() - began
     return report
 
@@ -179,20 +185,27 @@ class _Known:
         return path in self.mine
 
 
-def image_schema(classes: list[str] | None, captioned: bool) -> pa.Schema:
+def image_schema(
+    classes: list[str] | None, captioned: pa.DataType | bool | None, others: Mapping[str, pa.DataType] = _NONE
+) -> pa.Schema:
     """The columns, described as ``datasets`` describes them, so that it and Lance's own loader decode them too.
 
     An image is ``struct<bytes, path>``: a plain binary column loses its Image feature in ``datasets`` and is an
     error in Lance's loader. A label is int64 because a ClassLabel is, and because a loss function takes that.
+    `captioned` is the type of the captions, True for strings; `others` are further columns, which describe themselves.
     """
     columns: list[tuple[str, pa.DataType, dict[str, Any]]] = [("image", _IMAGE, {"_type": "Image"})]
     if classes is not None:
         columns.append(("label", pa.int64(), {"names": classes, "_type": "ClassLabel"}))
-    if captioned:
-        columns.append(("caption", pa.string(), {"dtype": "string", "_type": "Value"}))
-    columns.append(("path", pa.string(), {"dtype": "string", "_type": "Value"}))
+    text = pa.string() if captioned is True else captioned
+    value = {"dtype": "string", "_type": "Value"}
+    if text:
+        described = {"feature": value, "_type": "List"} if pa.types.is_list(text) else value
+        columns.append(("caption", text, described))
+    columns.append(("path", pa.string(), value))
     features = {"info": {"features": {name: feature for name, _, feature in columns}}}
     fields = [pa.field(name, dtype) for name, dtype, _ in columns]
+    fields += [pa.field(name, dtype) for name, dtype in others.items()]
     return pa.schema(fields, metadata={b"huggingface": json.dumps(features, ensure_ascii=False).encode()})
 
 
@@ -280,9 +293,13 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     columns: dict[str, pa.Array[Any]] = {
         "image": pa.StructArray.from_arrays([images, paths], fields=list(_IMAGE)),
         "label": pa.array([row.label for row in rows], pa.int64()),
-        "caption": pa.array([row.caption for row in rows], pa.string()),
         "path": paths,
     }
+    if "caption" in schema.names:
+        columns["caption"] = pa.array([row.caption for row in rows], schema.field("caption").type)
+    for name in schema.names:
+        if name not in columns or any(name in row.others for row in rows):  # a table's own label is in `others`
+            columns[name] = pa.array([row.others.get(name) for row in rows], schema.field(name).type)
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
@@ -299,7 +316,7 @@ def rows_of(
                 there = known.has(shown(file.path))
                 report.there += there
                 if there and known.skip:
-                    folder.captions.pop(file.path, None)
+                    folder.metadata.take(file.path)
                     advance(0)
                 else:
                     yield file
@@ -310,17 +327,28 @@ def rows_of(
 
     labels = {name: number for number, name in enumerate(folder.classes)}
     for row in read_ahead(folder.root, images(), num_threads):
-        caption = folder.captions.pop(row.path, None)
+        told = folder.metadata.take(row.path)
         if row.refused:
             report.left_out.append((row.path, row.refused))
         else:
-            row.caption = row.caption if caption is None else caption
+            if told is not None:
+                texts, row.others = told
+                row.caption = texts or row.caption
+            row.caption = _as(row.caption, folder.caption)
             row.label = labels.get(row.path.split("/")[0]) if "/" in row.path else None
             report.rows, report.bytes = report.rows + 1, report.bytes + len(row.data)
             if report.without_caption is not None:
                 report.without_caption += row.caption is None
             yield row
         advance(len(row.data))
+
+
+def _as(caption: str | list[str] | None, dtype: pa.DataType | None) -> str | list[str] | None:
+    """The captions of a picture as the column has them: one, or a list."""
+    if not caption or dtype is None:
+        return None
+    texts = [caption] if isinstance(caption, str) else caption
+    return texts if pa.types.is_list(dtype) else texts[0]
 
 
 def _fit(folder: Folder, old: lance.LanceDataset, uri: str) -> None:
@@ -330,8 +358,10 @@ def _fit(folder: Folder, old: lance.LanceDataset, uri: str) -> None:
     new = [name for name in folder.classes if name not in known]
     if new:
         raise ConfigError(f"Expected the classes {known} of {uri!r}, got {new} in {str(folder.root)!r} as well.")
-    folder.classes, folder.captioned = known, folder.captioned or "caption" in old.schema.names
-    mine = image_schema(known or None, folder.captioned)
+    folder.classes = known
+    if "caption" in old.schema.names and (folder.caption is None or pa.types.is_string(folder.caption)):
+        folder.caption = old.schema.field("caption").type  # one caption may be a list of one
+    mine = image_schema(known or None, folder.caption, folder.metadata.columns)
     if [(f.name, f.type) for f in mine] != [(f.name, f.type) for f in old.schema]:
         raise ConfigError(f"Expected the columns {old.schema.names} of {uri!r}, got {mine.names}; they must agree.")
 
@@ -367,6 +397,20 @@ def _existing(uri: str, overwrite: bool, append: bool, resume: bool, source: str
             "files that are not in it."
         )
     return old
+
+
+def origins(uri: str) -> list[str]:
+    """Where the rows of each version come from, as `write` was told, "" where nobody said; empty without a dataset.
+
+    The leftovers of a run that was killed are taken away.
+    """
+    left, dataset = killed(uri), _opened(uri)
+    if left is not None and not _committed(dataset, left):
+        remove_unborn(uri) if dataset is None else remove_leftovers(uri, left)
+    if dataset is None:
+        return []
+    found = dataset.get_transactions(len(dataset.versions()))
+    return ["" if each is None else (each.transaction_properties or {}).get(_SOURCE, "") for each in found] or [""]
 
 
 def _opened(uri: str) -> lance.LanceDataset | None:
@@ -420,24 +464,3 @@ def _seen(uri: str) -> str:
 
 def _is_empty(uri: str) -> bool:
     return os.path.isdir(uri) and not os.listdir(uri)
-
-
-@contextmanager
-def _bar(files: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr: files, files/s, MB/s, time left. Yields what to call with each file's bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    began, read = time.perf_counter(), 0
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files  {task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=files, rate="")
-
-        def advance(size: int) -> None:
-            nonlocal read
-            read += size
-            seconds = time.perf_counter() - began
-            done = bar.tasks[0].completed + 1
-            bar.update(task, advance=1, rate=f"{done / seconds:,.0f} files/s  {read / seconds / 1e6:,.0f} MB/s")
-
-        yield advance
