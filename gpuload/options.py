@@ -75,6 +75,11 @@ class Options:
             raise ConfigError(f"Expected to_tensor_fn as a function or None, got {self.to_tensor_fn!r}.")
         if self.device != "auto":
             choose_device(self.device)
+        if self.decoder == "nvjpeg" and str(self.device).startswith("cpu"):
+            raise ConfigError(
+                f"Expected a GPU for decoder='nvjpeg', its JPEG engine, got device={str(self.device)!r}. "
+                "decoder='cpu' gives the same pixels on the host."
+            )
         check_decoder(self.decoder)
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}
         expect_alone(self.sampler, self.shuffle, **ranks)

@@ -31,8 +31,8 @@ batch
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
-tools tools.trace tools.describe tools.progress tools.metadata tools.folder tools.claim tools.ingest tools.sheet tools.demo
-tools.bench tools.doctor tools.cli __main__
+tools tools.trace tools.describe tools.progress tools.metadata tools.folder tools.claim tools.ingest tools.sheet
+tools.demo tools.bench tools.doctor tools.cli __main__
 """.split()  # noqa: SIM905 - the lines say more than a list would
 
 # One optional or heavy package, one place that knows it.
@@ -45,7 +45,16 @@ OWNERS = {
     "datasets": set(),
     "simplejpeg": {name for name in LAYERS if name.startswith("images.decode.")},
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
-    | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
+    | {
+        "images.pillow",
+        "tools.sheet",
+        "tools.demo",
+        "tools.folder",
+        "tools.ingest",
+        "tools.describe",
+        "tools.doctor",
+        "feed",
+    },
     "typer": {"tools.cli"},
     "rich": {"tools.cli", "tools.progress"},
 }

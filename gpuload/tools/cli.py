@@ -1,4 +1,4 @@
-"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``bench`` and ``demo``.
+"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``bench``, ``demo`` and ``doctor``.
 
 Enter: arguments. Leave: tables on stdout, progress and complaints on stderr, exit code 1 with one line on an error.
 Torch and Lance are imported inside the commands, so that ``gpuload --help`` is quick.
@@ -7,6 +7,7 @@ Torch and Lance are imported inside the commands, so that ``gpuload --help`` is 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from gpuload.batch import Batch
     from gpuload.order.samplers import FullScanSampler
+    from gpuload.tools.doctor import Trial
     from gpuload.tools.ingest import IngestReport
 
 _LISTED = 20  # lines of a report on stderr
@@ -284,6 +286,32 @@ def demo(
     console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(picture))}[/bold]")
 
 
+@app.command()
+def doctor(
+    decoder: Annotated[
+        list[str] | None, typer.Option("--decoder", "-d", help="Must work; may be given often. Default: all are tried.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, on stdout.")] = False,
+) -> None:
+    """Say what this machine has, try every decoder on built-in pictures, and how to install what is missing.
+
+    Exit status 0 where everything that is there, or was asked for, works; else 1.
+    """
+    from gpuload.tools.doctor import diagnose
+
+    found = diagnose(decoder or ())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        console = _console()
+        _table(console, ("part", "found", "to do"), [(part.name, part.found, part.advice) for part in found.parts])
+        tried = [(t.decoder, t.device, *_tried(t)) for t in found.trials]
+        _table(console, ("decoder", "on", "images/s", "mean (largest) difference to Pillow, of 255"), tried)
+        console.print("All of it works." if found.ok else "Not all of it works.")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """What the script ``gpuload`` runs."""
     signals.listen()
@@ -318,6 +346,15 @@ def _texts(batch: Batch, name: str, classes: Sequence[str]) -> list[str | None]:
     if classes:
         return [None if value is None else named.get(int(value)) for value in values]
     return [" / ".join(filter(None, value)) if isinstance(value, list) else value for value in values]
+
+
+def _tried(trial: Trial) -> tuple[str, str]:
+    """Rate, and differences or what is in the way."""
+    if not trial.works:
+        return "", trial.why if trial.missing else f"BROKEN: {trial.why}"
+    offs = [f"{name} {off['mean']:.2g} ({off['largest']:.0f})" for name, off in trial.pictures.items()]
+    exact = all(off["largest"] == 0 for off in trial.pictures.values())
+    return f"{trial.rate:,.0f}", "none" if exact else ", ".join(offs)
 
 
 def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:

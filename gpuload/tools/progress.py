@@ -44,11 +44,11 @@ def rows_bar(what: str, total: float, shown: bool) -> Iterator[Callable[[float, 
 
 @contextmanager
 def _bar(total: float, shown: bool, *columns: ProgressColumn) -> Iterator[Progress]:
-    """One bar with one task; a run that is interrupted leaves none behind."""
+    """One bar with one task; a run that fails or is interrupted leaves none behind."""
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         bar.add_task("", total=total, rate="")
         try:
             yield bar
-        except KeyboardInterrupt:
+        except BaseException:
             bar.live.transient = True
             raise
