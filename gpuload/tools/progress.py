@@ -51,4 +51,5 @@ def _bar(total: float, shown: bool, *columns: ProgressColumn) -> Iterator[Progre
             yield bar
         except BaseException:
             bar.live.transient = True
+            bar.console.quiet = not bar.console.is_terminal  # else an empty line is all that stays
             raise
