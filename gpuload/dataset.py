@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections import Counter
@@ -19,6 +16,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch.utils.data import IterableDataset, SequentialSampler
 
+from gpuload import ending
 from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
@@ -39,6 +37,7 @@ from gpuload.order.epochs import Epochs
 from gpuload.order.foreign import raw_batches
 from gpuload.order.state import Position
 from gpuload.pipeline import Pipeline, read_threads
+from gpuload.tables.cache import make_folder, remove_folder
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.mix import Mix, MixTable
@@ -463,18 +462,19 @@ class LanceDataset(IterableDataset[Batch]):
         """The source, opened and its columns resolved on first use."""
         check_fork()
         options, place = self._options, self._place()
-        if self._source is None or any(each.due(place[1]) for each in self._versions.values()):
-            opened = {name: each.open(*place) for name, each in self._versions.items()}
-            if self._source is None or any(int(opened[name].version) != n for name, n in self._read.items()):
-                self._source, self._columns = options.open(opened), []
-                self._read = {name: int(each.version) for name, each in opened.items()}
-            if not self._source.rows and (options.filter is not None or options.split is not None):
-                words = {"filter": options.filter, "split": options.split}
-                given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
-                warnings.warn(f"No row matches {given}.", stacklevel=3)
-        if not self._columns:
-            self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
-        return self._source
+        with ending.inside():
+            if self._source is None or any(each.due(place[1]) for each in self._versions.values()):
+                opened = {name: each.open(*place) for name, each in self._versions.items()}
+                if self._source is None or any(int(opened[name].version) != n for name, n in self._read.items()):
+                    self._source, self._columns = options.open(opened), []
+                    self._read = {name: int(each.version) for name, each in opened.items()}
+                if not self._source.rows and (options.filter is not None or options.split is not None):
+                    words = {"filter": options.filter, "split": options.split}
+                    given = ", ".join(f"{name}={value!r}" for name, value in words.items() if value is not None)
+                    warnings.warn(f"No row matches {given}.", stacklevel=3)
+            if not self._columns:
+                self._columns = resolve(self._source.schema, options.transforms, self._source.values, self._formats)
+            return self._source
 
     def _place(self) -> tuple[int, int]:
         """(rank, world size) among those who must read one version, which a sampler for every row has too."""
@@ -523,10 +523,13 @@ class LanceDataset(IterableDataset[Batch]):
         cache = self._options.cache
         if not cache or self._open().cached:
             return
-        where = None if cache is True else str(cache)
-        folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
-        Finalize(self, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # in a worker too
-        self._open().use_cache(folder)
+        folder = make_folder(None if cache is True else str(cache))
+        remove = Finalize(self, remove_folder, (folder,), exitpriority=0)  # in a worker too
+        try:
+            self._open().use_cache(folder)
+        except BaseException:
+            remove()
+            raise
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
@@ -536,8 +539,10 @@ def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
 _in_use: weakref.WeakSet[LanceDataset] = weakref.WeakSet()
 
 
-@atexit.register
 def _close_all() -> None:
     """End what still runs while the modules that it needs are whole: an open iterator outlives them otherwise."""
     for dataset in list(_in_use):
         dataset.close()
+
+
+ending.then(_close_all)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpuload import ending
 from gpuload.batch import Batch
 from gpuload.errors import stopped
 from gpuload.order.epochs import Epochs
@@ -41,6 +42,7 @@ class Batches(Iterator[Any]):
         self._times = epochs.times
         self._steps: int | None = None
         self._left = self._closed = False
+        self._lock = threading.RLock()  # one thread at a time: a generator runs in no two
 
     @property
     def alive(self) -> bool:
@@ -61,10 +63,11 @@ class Batches(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        try:
-            made = _END if self._closed else self._advance()
-        except StopIteration as error:  # of a sampler's or a decoder's
-            raise stopped("LanceDataset") from error
+        with ending.inside(), self._lock:
+            try:
+                made = _END if self._closed else self._advance()
+            except StopIteration as error:  # of a sampler's or a decoder's
+                raise stopped("LanceDataset") from error
         if made is _END:
             raise StopIteration
         return made
@@ -93,7 +96,11 @@ class Batches(Iterator[Any]):
         return batch
 
     def close(self) -> None:
-        """End what runs. No batch follows."""
+        """End what runs, once a batch that another thread is waiting for is there. No batch follows."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True

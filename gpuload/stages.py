@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from gpuload.clock import Clock
+from gpuload.ending import InterpreterEnds
 from gpuload.errors import stopped
 
 T = TypeVar("T")
@@ -120,7 +121,13 @@ class ordered_map(Generic[T, R], Iterator[R]):
                 failed.set_exception(error)
                 self._pending.append(failed)
             else:
-                self._pending.append(self._pool.submit(self._run, item))
+                self._submit(item)
+
+    def _submit(self, item: T) -> None:
+        try:
+            self._pending.append(self._pool.submit(self._run, item))
+        except RuntimeError as error:  # Python has ended its pools, while a daemon thread goes on
+            raise InterpreterEnds("The interpreter ends: no thread can read or decode any more.") from error
 
     def _run(self, item: T) -> R:
         started, size = time.perf_counter(), 0

@@ -107,7 +107,7 @@ def test_inspect_shows_columns_rows_and_formats(dataset: Path, run: Run) -> None
         r"storage format +2\.\d",
         r"image +struct<bytes: binary, path: string> +image +uint8\[B, 3, H, W\]",
         r"label +int64 +tensor +int64\[B\]; 3 classes: blue, green, red",
-        r"caption +string +list +list\[str\]",
+        r"caption +string +strings +list\[str\]",
         r"formats +JPEG 6",
         r"width +40 to 50 pixels",
     ):

@@ -167,9 +167,13 @@ def test_a_table_of_captions(tmp_path: Path, source: Path, target: Path, name: s
     table.write_bytes(b"\xef\xbb\xbf" + text.encode())
     report = run(source, target, captions=table)
     captions = {path: row["caption"] for path, row in rows(target).items()}
-    assert captions == {"a.jpg": "ä", "b.jpg": 'bee, and "more"', "c.jpg": None, "d.jpg": None}
+    if name == "t.jsonl":
+        assert captions == {"a.jpg": "ä", "b.jpg": 'bee, and "more"', "c.jpg": None, "d.jpg": None}
+    else:  # a second caption for b.jpg
+        assert captions == {"a.jpg": ["ä"], "b.jpg": ['bee, and "more"', "again"], "c.jpg": None, "d.jpg": None}
     assert report.without_caption == 2
-    assert report.unused_captions == [("b.jpg", "a second caption of the same file"), ("lost.jpg", "no such file")]
+    second = [("b.jpg", "a second caption of the same file")] if name == "t.jsonl" else []
+    assert report.unused_captions == [*second, ("lost.jpg", "no such file")]
     assert report.left_out == []
 
 
@@ -195,7 +199,8 @@ def test_without_any_caption_there_is_no_column(source: Path, target: Path) -> N
     ("text", "message"),
     [
         ("name,words\na,b\n", r"Expected a column 'file_name' .* got \['name', 'words'\]"),
-        ('{"file_name": "a.jpg", "caption": ["a", "b"]}', r"got 'a.jpg': \['a', 'b'\] .*line 1"),
+        ('{"file_name": "a.jpg", "caption": ["a", 3]}', r"Expected captions as .* JSONL"),
+        ('{"file_name": "a.jpg", "caption": 3}', r"got 'a.jpg': 3 .*line 1"),
         ('{"file_name": "a.jpg"', r"Expected captions as CSV, TSV or JSONL"),
     ],
 )

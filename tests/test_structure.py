@@ -19,11 +19,11 @@ KERNELS = Path(gpuload.kernels.__file__)
 
 # A file imports only from files before it. A new file gets its place here.
 LAYERS = """
-errors badrows frameworks kernels device clock stages
+signals ending errors badrows frameworks kernels device clock stages
 order order.philox order.permutation order.draws order.split order.orders order.cut order.ranks order.rank_store
 order.state
-tables tables.malloc tables.fork tables.reading tables.projection tables.lance tables.mix tables.versions
-tables.together
+tables tables.malloc tables.fork tables.reading tables.projection tables.write tables.cache tables.lance tables.mix
+tables.versions tables.together
 order.samplers order.weighted order.turns order.mix order.choose
 images images.transform images.encoded images.headers images.pillow images.views images.resize images.planes
 images.augment images.header_sizes order.buckets
@@ -36,12 +36,13 @@ batch augment.rows augment.colour augment.blur augment.erase augment.auto augmen
 pipeline options order.foreign order.epochs order.plans iteration dataset
 gpuload
 feed dali
-tools tools.trace tools.describe tools.verify tools.folder tools.ingest tools.sheet tools.demo tools.bench tools.cli
+tools tools.trace tools.describe tools.verify tools.progress tools.metadata tools.folder tools.claim tools.ingest
+tools.sheet tools.demo tools.bench tools.doctor tools.cli __main__
 """.split()  # noqa: SIM905 - the lines say more than a list would
 
 # One optional or heavy package, one place that knows it.
 OWNERS = {
-    "lance": {"tables.lance", "tools.ingest", "tools.verify"},
+    "lance": {"tables.lance", "tables.write", "tools.ingest", "tools.verify"},
     "cupy": {"kernels"},
     "nvidia": {"images.decode.nvimgcodec", "images.decode.dali", "dali"},
     "tokenizers": {"fields.tokens"},
@@ -49,9 +50,18 @@ OWNERS = {
     "datasets": set(),
     "simplejpeg": {name for name in LAYERS if name.startswith("images.decode.")},
     "PIL": {name for name in LAYERS if name.startswith("images.decode.")}
-    | {"images.pillow", "tools.sheet", "tools.demo", "tools.folder", "tools.ingest", "tools.describe", "feed"},
+    | {
+        "images.pillow",
+        "tools.sheet",
+        "tools.demo",
+        "tools.folder",
+        "tools.ingest",
+        "tools.describe",
+        "tools.doctor",
+        "feed",
+    },
     "typer": {"tools.cli"},
-    "rich": {"tools.cli", "tools.ingest", "tools.verify", "images.header_sizes"},
+    "rich": {"tools.cli", "tools.progress", "tools.verify", "images.header_sizes"},
 }
 
 

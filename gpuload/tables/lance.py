@@ -32,6 +32,7 @@ from gpuload.order.split import Split, keep_in, positions_in
 from gpuload.tables import malloc, reading, scattered
 from gpuload.tables.fork import check_fork
 from gpuload.tables.projection import Field, near, project
+from gpuload.tables.write import write_stream
 
 T = TypeVar("T")
 _LOOK = 16  # values that tell what a binary column holds: some MB of photos
@@ -353,8 +354,7 @@ class LanceTable:
                 yield from rows.rename_columns(names).to_batches()
 
         empty = self.read(np.empty((0, 2), np.int64)).rename_columns(names)
-        reader = pa.RecordBatchReader.from_batches(empty.schema, batches())
-        self._cache = lance.write_dataset(reader, os.path.join(folder, "cache.lance"), mode="create")
+        self._cache = write_stream(batches(), empty.schema, os.path.join(folder, "cache.lance"), mode="create")
 
     def _column(self, field: Field, table: pa.Table | None, ranges: Ranges) -> pa.ChunkedArray:
         if field.blob:

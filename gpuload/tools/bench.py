@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,7 @@ from gpuload.device import threads_here
 from gpuload.errors import BadRowWarning
 from gpuload.fields.text import Text
 from gpuload.images.transform import Image
-from gpuload.tables.lance import LanceTable
-from gpuload.tools.describe import columns
+from gpuload.tools.describe import columns, open_table
 from gpuload.tools.trace import Trace
 
 
@@ -52,8 +51,16 @@ class Measured:
         return self.rows / self.seconds if self.seconds else 0.0
 
 
-def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = None) -> Measured:
-    """Take batches for `seconds`, over as many epochs as that needs, and do nothing with them."""
+def measure(
+    dataset: LanceDataset,
+    seconds: float = 10.0,
+    trace: Trace | None = None,
+    show: Callable[[float, int], None] = lambda seconds, rows: None,
+) -> Measured:
+    """Take batches for `seconds`, over as many epochs as that needs, and do nothing with them.
+
+    `show` is told the seconds and rows so far, after each batch.
+    """
     if trace is not None:
         trace.watch(dataset.clocks.values())
     rows = batches = 0
@@ -67,6 +74,7 @@ def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = 
                 rows, batches = rows + batch.size, batches + 1
                 first = first or time.perf_counter() - began
                 del batch
+                show(time.perf_counter() - began, rows)
                 if time.perf_counter() - began >= seconds:
                     break
             if not batches or time.perf_counter() - began >= seconds:
@@ -80,7 +88,7 @@ def measure(dataset: LanceDataset, seconds: float = 10.0, trace: Trace | None = 
 def prepare(uri: str, batch_size: int, size: int, threads: int | None, shuffle: str | None) -> LanceDataset:
     """The dataset with every image cropped to `size` and every text as bytes, as many a training would have it."""
     transforms: dict[str, Image | Text] = {}
-    for column in columns(LanceTable(uri)):
+    for column in columns(open_table(uri)):
         if column.role == "image":
             transforms[column.name] = Image(size, crop="random", flip=0.5)
         elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):

@@ -1,4 +1,4 @@
-"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``verify``, ``bench`` and ``demo``.
+"""The command line: ``gpuload ingest``, ``inspect``, ``view``, ``verify``, ``bench``, ``demo`` and ``doctor``.
 
 Enter: arguments. Leave: tables on stdout, progress and complaints on stderr, exit code 1 with one line on an error.
 Torch and Lance are imported inside the commands, so that ``gpuload --help`` is quick.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import tempfile
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gpuload import signals
 from gpuload.errors import BadRowWarning, ConfigError, GpuloadError
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from gpuload.batch import Batch
     from gpuload.order.samplers import FullScanSampler
+    from gpuload.tools.doctor import Trial
     from gpuload.tools.ingest import IngestReport
     from gpuload.tools.verify import Verified
 
@@ -42,6 +42,8 @@ class _Group(TyperGroup):
         except GpuloadError as error:
             _complain(f"gpuload: {error}")
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(signals.say_and_status()) from error
 
 
 app = typer.Typer(
@@ -49,6 +51,7 @@ app = typer.Typer(
     help="Lance datasets as batches of tensors: make one from a folder of images, look into it, try it.",
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -76,14 +79,20 @@ def ingest(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV, TSV or JSONL with file_name and caption. Else metadata.csv/.jsonl, else 7.txt by 7.jpg."
+            help="CSV, TSV, JSONL or Parquet with file_name and caption. Else metadata.*, else 7.txt by 7.jpg."
         ),
+    ] = None,
+    caption_from: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The table's column of captions. Default: caption, text, prompt.")
     ] = None,
     labels: Annotated[
         bool | None, typer.Option("--labels/--no-labels", help="Sub-folders are classes. Default: if two or more.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write a new version of an existing dataset.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add rows to an existing dataset.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Add only the files that are not in it yet, by source and path.")
+    ] = False,
     fragment_rows: Annotated[int, typer.Option(min=1, help="Rows of a fragment at most.")] = 1 << 20,
     threads: Annotated[int, typer.Option(min=1, help="Files read at a time.")] = 4,
     storage_version: Annotated[str | None, typer.Option(help="Lance file format, for instance 2.0.")] = None,
@@ -92,7 +101,8 @@ def ingest(
 ) -> None:
     """Write a folder of images as a Lance dataset: one row a file, its bytes as they are.
 
-    Captions come from --captions, else from metadata.csv or metadata.jsonl in its folders, else from 7.txt by 7.jpg.
+    Captions come from --captions, else from metadata.csv, .jsonl or .parquet in its folders, else from 7.txt by 7.jpg.
+    The other columns of these tables are kept with their types.
     """
     from gpuload.tools.ingest import STORAGE_VERSION, ingest
 
@@ -100,18 +110,24 @@ def ingest(
         source,
         target,
         captions=captions,
+        caption_from=caption_from,
         labels=labels,
         overwrite=overwrite,
         append=append,
+        resume=resume,
         num_threads=threads,
         fragment_rows=fragment_rows,
         data_storage_version=storage_version or STORAGE_VERSION,  # type: ignore[arg-type]
         progress=progress,
     )
-    _say_what_happened(done, report)
+    if append and done.there:
+        _complain(
+            f"{done.there:,} of these files were in {target} already and are in it twice now; --resume adds the others"
+        )
+    _say_what_happened(done, report, adds=append or resume)
 
 
-def _say_what_happened(done: IngestReport, file: Path | None) -> None:
+def _say_what_happened(done: IngestReport, file: Path | None, adds: bool) -> None:
     for what, entries in (("left out", done.left_out), ("caption not used", done.unused_captions)):
         for path, why in entries[:_LISTED]:
             _complain(f"{what}: {path}: {why}")
@@ -128,6 +144,8 @@ def _say_what_happened(done: IngestReport, file: Path | None) -> None:
     from gpuload.tools.describe import size
 
     parts = [f"{done.rows:,} rows, {size(done.bytes)} of images, in {done.seconds:,.1f} s"]
+    parts += [f"{done.there:,} were there"] if adds and done.there else []
+    parts += [f"{done.total:,} rows in all"] if adds else []
     parts += [f"{len(done.classes):,} classes"] if done.classes else []
     if done.without_caption is not None:
         parts.append(f"{done.rows - done.without_caption:,} with a caption, {done.without_caption:,} without")
@@ -141,14 +159,13 @@ def inspect(
     dataset: Annotated[str, typer.Argument(metavar="X.lance", help="Path or URI of any Lance dataset.")],
 ) -> None:
     """Show what a Lance dataset holds: columns and their roles, rows, fragments, bytes, formats and sizes of images."""
-    from gpuload.tables.lance import LanceTable
-    from gpuload.tools.describe import columns, facts, form, image_sample
+    from gpuload.tools.describe import columns, facts, form, image_sample, open_table, role
 
-    source, console = LanceTable(dataset), _console()
+    source, console = open_table(dataset), _console()
     found = columns(source)
     console.print(f"[bold]{_plain(source.uri)}[/bold]")
     _table(console, ("", ""), facts(source), named=False)
-    roles = [(column.name, str(column.type), column.role, form(source, column)) for column in found]
+    roles = [(column.name, str(column.type), role(column), form(source, column)) for column in found]
     _table(console, ("column", "type", "role", "in a batch"), roles)
     for column in found:
         if column.role == "image" and source.rows:
@@ -169,12 +186,11 @@ def view(
 ) -> None:
     """Draw a contact sheet of a batch, decoded as for training; rows that cannot be decoded are crossed out."""
     from gpuload.dataset import LanceDataset
-    from gpuload.tables.lance import LanceTable
-    from gpuload.tools.describe import caption_column, class_names, image_column
+    from gpuload.tools.describe import caption_column, class_names, image_column, open_table
     from gpuload.tools.sheet import contact_sheet
 
-    source = LanceTable(dataset)
-    image, caption = image_column(source, image), caption or caption_column(source)
+    source = open_table(dataset)
+    image, caption = image_column(source, image), caption_column(source, caption)
     if start >= source.rows:
         raise ConfigError(f"Expected --start below the {source.rows:,} rows of {dataset!r}, got {start:,}.")
     wanted = list(dict.fromkeys([image, *([caption] if caption else [])]))
@@ -253,13 +269,17 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that decode. Default: one a core.")] = None,
     shuffle: Annotated[str | None, typer.Option(help="row, block or batch. Default: in order.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto or chrome://tracing.")] = None,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
 ) -> None:
     """Load a dataset as for training: its rate, where the time goes, and what would make it faster."""
     from gpuload.tools.bench import advice, measure, prepare, table
+    from gpuload.tools.progress import rows_bar
     from gpuload.tools.trace import Trace
 
     timeline, console = Trace() if trace else None, _console()
-    done = measure(prepare(dataset, batch_size, size, threads, shuffle), seconds, timeline)
+    prepared = prepare(dataset, batch_size, size, threads, shuffle)
+    with rows_bar("loading", seconds, progress) as show:
+        done = measure(prepared, seconds, timeline, show)
     _table(console, *table(done.stats))
     console.print(
         f"{done.rows:,} rows in {done.seconds:,.2f} s: [bold]{done.rate:,.0f} rows/s[/bold], first batch", end=" "
@@ -277,21 +297,23 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder for the dataset and the sheet. Default: a new one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for shapes.lance and sheet.png. Default: this one.")] = Path("."),
     rows: Annotated[int, typer.Option(min=1, help="Generated pictures.")] = 512,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
 ) -> None:
     """Make a small captioned dataset, load an epoch of it as for training, and draw its first batch."""
     from gpuload.dataset import LanceDataset
     from gpuload.fields.text import Text
     from gpuload.images.transform import Image
     from gpuload.tools.bench import table
-    from gpuload.tools.demo import write_demo
+    from gpuload.tools.demo import demo_mark, demo_places, write_demo
+    from gpuload.tools.progress import rows_bar
     from gpuload.tools.sheet import contact_sheet
 
-    folder = out.expanduser() if out else Path(tempfile.mkdtemp(prefix="gpuload-demo-"))
-    target = folder / "shapes.lance"
+    target, picture = demo_places(out)
     console, began = _console(), time.perf_counter()
-    write_demo(target, rows)
+    with rows_bar("drawing", rows, progress) as show:
+        write_demo(target, rows, show=show)
     made = time.perf_counter() - began
     console.print(f"[bold]{_plain(str(target))}[/bold]: {rows:,} captioned pictures, made in {made:.1f} s")
     dataset = LanceDataset(
@@ -304,7 +326,11 @@ def demo(
     with dataset:
         began, batches = time.perf_counter(), iter(dataset)
         first = next(batches)
-        deque(batches, maxlen=0)
+        with rows_bar("loading", rows, progress) as show:
+            done = first.size
+            for batch in batches:
+                done += batch.size
+                show(done, done)
         seconds = time.perf_counter() - began
         stats = dataset.stats()
     _table(console, ("first batch", "dtype", "shape", "device"), _shapes(first))
@@ -316,13 +342,45 @@ def demo(
     pairs = zip(first["caption"].cpu(), first["caption_mask"].cpu().bool(), strict=True)
     captions = [bytes(ids[mask].tolist()).decode() for ids, mask in pairs]  # "bytes" can be read back
     sheet = contact_sheet(first["image"][:24], captions[:24], columns=8, title="gpuload demo: the first batch")
-    _save(sheet, folder / "sheet.png")
-    console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(folder / 'sheet.png'))}[/bold]")
+    _save(sheet, picture, pnginfo=demo_mark())
+    console.print(f"The first batch, cropped and mirrored at random: [bold]{_plain(str(picture))}[/bold]")
+
+
+@app.command()
+def doctor(
+    decoder: Annotated[
+        list[str] | None, typer.Option("--decoder", "-d", help="Must work; may be given often. Default: all are tried.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, on stdout.")] = False,
+) -> None:
+    """Say what this machine has, try every decoder on built-in pictures, and how to install what is missing.
+
+    Exit status 0 where everything that is there, or was asked for, works; else 1.
+    """
+    from gpuload.tools.doctor import diagnose
+
+    found = diagnose(decoder or ())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        console = _console()
+        _table(console, ("part", "found", "to do"), [(part.name, part.found, part.advice) for part in found.parts])
+        tried = [(t.decoder, t.device, *_tried(t)) for t in found.trials]
+        _table(console, ("decoder", "on", "images/s", "mean (largest) difference to Pillow, of 255"), tried)
+        console.print("All of it works." if found.ok else "Not all of it works.")
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def main() -> None:
     """What the script ``gpuload`` runs."""
-    app()
+    signals.listen()
+    try:
+        app(prog_name="gpuload")
+    except SystemExit as end:
+        if signals.received():
+            signals.leave(int(end.code or 1))
+        raise
 
 
 # -- what the commands share ---------------------------------------------------------------------------------------
@@ -341,11 +399,22 @@ def _from(start: int) -> FullScanSampler:
 
 
 def _texts(batch: Batch, name: str, classes: Sequence[str]) -> list[str | None]:
-    """Captions: texts as they are, classes by their names, None for a null."""
+    """Captions: texts as they are, several in one line, classes by their names, None for a null."""
     nulls = batch.nulls[name].tolist() if name in batch.nulls else [False] * batch.size
     values = [None if null else value for null, value in zip(nulls, batch[name], strict=True)]
     named = dict(enumerate(classes))
-    return [None if value is None else named.get(int(value)) if classes else str(value) for value in values]
+    if classes:
+        return [None if value is None else named.get(int(value)) for value in values]
+    return [" / ".join(filter(None, value)) if isinstance(value, list) else value for value in values]
+
+
+def _tried(trial: Trial) -> tuple[str, str]:
+    """Rate, and differences or what is in the way."""
+    if not trial.works:
+        return "", trial.why if trial.missing else f"BROKEN: {trial.why}"
+    offs = [f"{name} {off['mean']:.2g} ({off['largest']:.0f})" for name, off in trial.pictures.items()]
+    exact = all(off["largest"] == 0 for off in trial.pictures.values())
+    return f"{trial.rate:,.0f}", "none" if exact else ", ".join(offs)
 
 
 def _shapes(batch: Batch) -> list[tuple[str, str, str, str]]:
@@ -396,11 +465,11 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
     console.print(table)
 
 
-def _save(sheet: Any, out: Path) -> None:
+def _save(sheet: Any, out: Path, **options: Any) -> None:
     out = out.expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out)
+        sheet.save(out, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a place for a picture, for instance sheet.png, got {str(out)!r}: {error}."

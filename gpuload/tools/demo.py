@@ -14,14 +14,17 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
+from gpuload.errors import ConfigError
 from gpuload.stages import ordered_map
 
 COLOURS = {
@@ -48,6 +51,7 @@ KINDS = ("circle", "ring", "heart", "star", "cross", *CORNERS)
 FILLINGS = ("", "striped ", "dotted ")
 SIZES = {"large": 0.22, "small": 0.13}  # radius as a share of the shorter side
 PLACES = ("above", "below", "beside")
+_ORIGIN = "gpuload demo"  # what the versions of a dataset say of where they come from
 _FINE = 2  # drawn so many times larger, then reduced: smooth edges
 
 
@@ -79,10 +83,30 @@ def pictures(n: int, seed: int = 0) -> Iterator[tuple[Image.Image, str]]:
     yield from _on_threads(draw, _plans(n, seed))
 
 
-def write_demo(target: str | os.PathLike[str], rows: int = 512, seed: int = 0) -> None:
-    """A new Lance dataset of `pictures`, encoded as JPEG and here and there PNG, in four fragments."""
+def write_demo(
+    target: str | os.PathLike[str],
+    rows: int = 512,
+    seed: int = 0,
+    show: Callable[[float, int], None] = lambda done, rows: None,
+) -> None:
+    """A Lance dataset of `pictures`, encoded as JPEG and here and there PNG, in four fragments.
+
+    One of an earlier run is replaced. `show` is told how many pictures are made, after each.
+
+    Raises
+    ------
+    ConfigError
+        Something else is there.
+    """
     from gpuload.tools.folder import Row
-    from gpuload.tools.ingest import image_schema, write
+    from gpuload.tools.ingest import image_schema, origins, write
+
+    uri = os.fspath(target)
+    written_by = origins(uri)
+    if written_by and set(written_by) != {_ORIGIN}:
+        raise ConfigError(
+            f"Expected a new place or a dataset of an earlier demo, got {uri!r}, which is no demo's alone."
+        )
 
     def encode(numbered: tuple[int, _Plan]) -> Row:
         index, plan = numbered
@@ -91,8 +115,45 @@ def write_demo(target: str | os.PathLike[str], rows: int = 512, seed: int = 0) -
         _draw(*plan).save(stream, kind, quality=90)
         return Row(f"{index:06}.{ending}", stream.getvalue(), _caption(*plan[1:]))
 
-    encoded = _on_threads(encode, enumerate(_plans(rows, seed)))
-    write(encoded, os.fspath(target), image_schema(None, captioned=True), fragment_rows=max(1, math.ceil(rows / 4)))
+    def encoded() -> Iterator[Row]:
+        for done, row in enumerate(_on_threads(encode, enumerate(_plans(rows, seed))), 1):
+            show(done, done)
+            yield row
+
+    mode: Literal["create", "overwrite"] = "overwrite" if written_by else "create"
+    schema = image_schema(None, captioned=True)
+    write(encoded(), uri, schema, mode, fragment_rows=max(1, math.ceil(rows / 4)), source=_ORIGIN)
+
+
+def demo_places(out: Path) -> tuple[Path, Path]:
+    """Where the dataset and the contact sheet go, under `out`.
+
+    Raises
+    ------
+    ConfigError
+        That is inside a dataset, or there is a sheet.png that is not a demo's.
+    """
+    for folder in (out.resolve(), *out.resolve().parents):
+        if (folder / "_versions").is_dir():
+            raise ConfigError(
+                f"Expected a folder of its own, got {str(out)!r}, inside the Lance dataset {str(folder)!r}."
+            )
+    sheet = out / "sheet.png"
+    if sheet.exists():
+        with suppress(OSError), Image.open(sheet) as old:
+            if old.info.get("Software") == _ORIGIN:
+                return out / "shapes.lance", sheet
+        raise ConfigError(
+            f"Expected a new place for a contact sheet, got {str(sheet)!r}, which is no demo's. Use --out."
+        )
+    return out / "shapes.lance", sheet
+
+
+def demo_mark() -> PngInfo:
+    """What a demo's own sheet is known by."""
+    mark = PngInfo()
+    mark.add_text("Software", _ORIGIN)
+    return mark
 
 
 def _on_threads(fn: Callable[[_In], _Out], items: Iterator[_In]) -> Iterator[_Out]:

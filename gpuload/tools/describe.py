@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
-from gpuload.fields import Column
+from gpuload.fields import Column, is_text
 from gpuload.fields.choose import resolve
 from gpuload.tables.lance import LanceTable
 
@@ -74,6 +76,28 @@ def image_sample(source: LanceTable, name: str) -> list[tuple[str, str]]:
     return found
 
 
+def open_table(uri: str) -> LanceTable:
+    """The dataset, or why it is none: a folder of pictures is not yet one.
+
+    Raises
+    ------
+    ConfigError
+    """
+    path = Path(uri)
+    if path.is_dir() and not (path / "_versions").is_dir() and any(path.iterdir()):
+        target = f"{path.resolve().name}.lance"
+        raise ConfigError(
+            f"Expected a Lance dataset, got {uri!r}, which is a folder of other files. To make one of its pictures: "
+            f"gpuload ingest {shlex.quote(uri)} {shlex.quote(target)}"
+        )
+    return LanceTable(uri)
+
+
+def role(column: Column) -> str:
+    """What a column is, in a word for people."""
+    return "strings" if column.form == "list[str]" else column.role
+
+
 def columns(source: LanceTable) -> list[Column]:
     """Every column with the role it has without any transform."""
     return resolve(source.schema, {}, source.values)
@@ -105,13 +129,22 @@ def image_column(source: LanceTable, name: str | None = None) -> str:
     raise ConfigError(f"Expected {wanted} in {source.uri!r}, found {[f'{c.name} ({c.role})' for c in found]}.")
 
 
-def caption_column(source: LanceTable) -> str | None:
-    """The first column of texts, or of class names; a path only where there is nothing else."""
+def caption_column(source: LanceTable, name: str | None = None) -> str | None:
+    """The column of captions with this name, or the first of texts or of class names; a path only for want of them.
+
+    Raises
+    ------
+    ConfigError
+        The column holds no text.
+    """
     found = columns(source)
-    texts = [column.name for column in found if column.form == "list[str]"]
+    texts = [column.name for column in found if is_text(column.type)]
+    lists = [column.name for column in found if pa.types.is_list(column.type) and is_text(column.type.value_type)]
     classes = [column.name for column in found if class_names(source, column.name)]
-    spoken = [name for name in texts if name != "path"]
-    return next(iter(spoken + classes + texts), None)
+    known = list(dict.fromkeys([*(each for each in texts if each != "path"), *lists, *classes, *texts]))
+    if name is not None and name not in known:
+        raise ConfigError(f"Expected captions from a column of texts or class names, {known}, got {name!r}.")
+    return name if name is not None else next(iter(known), None)
 
 
 def size(count: float) -> str:

@@ -5,42 +5,41 @@ Enter: a folder, maybe a table of captions. Leave: one `File` a name, sorted; re
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from gpuload.errors import ConfigError
 from gpuload.images import Encoded, headers, pillow, sizes
 from gpuload.stages import ordered_map
+from gpuload.tools.metadata import TABLES, Metadata, form
 
-FILE_KEYS = ("file_name", "filename", "file", "path", "image")
-CAPTION_KEYS = ("caption", "text", "prompt")
-TABLES = ("metadata.csv", "metadata.jsonl")  # Hugging Face's imagefolder
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")  # what is an image here
 LARGEST = 1 << 30  # bytes of one file: an Arrow binary array ends at 2 GiB
 
 
 @dataclass
 class Row:
-    """One image on its way into the dataset; `refused` says why it will not get there."""
+    """One image on its way into the dataset, with the values of further columns; `refused` says why it does not get
+    there."""
 
     path: str
     data: bytes = b""
-    caption: str | None = None
+    caption: str | list[str] | None = None
     label: int | None = None
     height: int | None = None  # pixels, as a person sees it: after its EXIF orientation
     width: int | None = None
     refused: str = ""
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,14 @@ class Folder:
     ----------
     root : path
     captions : path, optional
-        The one table to take captions from; else every ``metadata.csv`` and ``metadata.jsonl`` in the folder is one.
+        The one table to take captions from; else every ``metadata.csv``, ``.jsonl`` and ``.parquet`` in the folder is
+        one.
     labels : bool, optional
         Whether the sub-folders right under `root` are classes; None: if at least two of them hold files.
     without : path, optional
         Left out, for instance a dataset being written into the folder.
+    caption_from : str, optional
+        The tables' column of captions.
 
     Attributes
     ----------
@@ -72,10 +74,10 @@ class Folder:
         Candidates for an image.
     classes : list of str
         Sorted; empty without labels.
-    captioned : bool
-        Whether there is any source of captions.
-    captions : dict of str to str or None
-        From the tables, by path: `caption` takes them out, so what is left in the end names no file.
+    caption : pa.DataType or None
+        Of the captions: strings, or lists of them; None where there is no source of captions.
+    metadata : Metadata
+        From the tables, by path: what is left in it in the end names no file.
     left_out, unused : list of (path, why)
     """
 
@@ -85,11 +87,12 @@ class Folder:
         captions: str | os.PathLike[str] | None = None,
         labels: bool | None = None,
         without: str | os.PathLike[str] | None = None,
+        caption_from: str | None = None,
     ) -> None:
         self.root, self.files = Path(root), 0
         if not self.root.is_dir():
             raise ConfigError(f"Expected a folder of images, got {str(root)!r}, which is not a folder.")
-        self.captions: dict[str, str | None] = {}
+        self.metadata = Metadata(self.root, caption_from)
         self.left_out: list[tuple[str, str]] = []
         self.unused: list[tuple[str, str]] = []
         given = None if captions is None else Path(captions)
@@ -104,13 +107,22 @@ class Folder:
             elif file.kind == "image":
                 self.files, texts = self.files + 1, texts or file.text is not None
                 if "/" in file.path:
-                    classes[_shown(file.path).split("/")[0]] = None
+                    classes[shown(file.path).split("/")[0]] = None
         if not self.files:
             raise ConfigError(f"Expected images in {str(root)!r}, found no file.")
         for table in [given] if given is not None else tables:
-            self._read(table, required=given is not None)
-        self.captioned = texts or bool(self.captions) or given is not None
-        self.classes = sorted(classes) if labels or (labels is None and len(classes) > 1) else []
+            wrong = self.metadata.add(table, required=given is not None)
+            if wrong:
+                self.left_out.append((os.path.relpath(table, self.root), wrong))
+        if caption_from is not None and self.metadata.caption is None:
+            raise ConfigError(f"Expected a table with a column {caption_from!r}, found none in {str(root)!r}.")
+        self.unused += self.metadata.unused
+        self.caption = self.metadata.caption or (pa.string() if texts else None)
+        named = "label" in self.metadata.columns
+        if labels and named:
+            raise ConfigError("Expected labels from the sub-folders or from a table's column 'label', got both.")
+        many = labels is None and len(classes) > 1 and not named
+        self.classes = sorted(classes) if labels or many else []
 
     def walk(self, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
         """Every file, sorted by the parts of its path; the names of one folder are in memory at a time."""
@@ -119,73 +131,29 @@ class Folder:
             with os.scandir(self.root / below) as found:
                 entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
         except OSError as error:
-            yield File(_shown(below), "odd", why=f"folder cannot be read: {error.strerror}")
+            yield File(shown(below), "odd", why=f"folder cannot be read: {error.strerror}")
             return
         here = (status.st_dev, status.st_ino)
         if here in above:
-            yield File(_shown(below), "odd", why="a link to a folder above it")
+            yield File(shown(below), "odd", why="a link to a folder above it")
             return
-        texts = {_stem(entry.name): entry.name for entry in entries if _is(entry.name, ".txt")}
-        stems = {_stem(e.name) for e in entries if not _is(e.name, ".txt", ".json") and e.name not in TABLES}
+        texts = {form(_stem(entry.name)): entry.name for entry in entries if _is(entry.name, ".txt")}
+        stems = {form(_stem(e.name)) for e in entries if not _is(e.name, ".txt", ".json") and e.name not in TABLES}
         for entry in entries:
-            path, stem = (f"{below}/{entry.name}" if below else entry.name), _stem(entry.name)
+            path, stem = (f"{below}/{entry.name}" if below else entry.name), form(_stem(entry.name))
             if path in self._skip or (_is(entry.name, ".json") and stem in stems):
                 continue  # a .json beside an image is what some downloaders keep about it
             if entry.is_dir():
                 yield from self.walk(path, (*above, here))
             elif not entry.is_file():
-                yield File(_shown(path), "odd", why="neither a file nor a folder")
+                yield File(shown(path), "odd", why="neither a file nor a folder")
             elif entry.name in TABLES:
                 yield File(path, "table")
             elif not _is(entry.name, ".txt"):
                 text = f"{path[: -len(entry.name)]}{texts[stem]}" if stem in texts else None
                 yield File(path, "image", text)
             elif stem not in stems:
-                yield File(_shown(path), "text", why="a text without an image beside it")
-
-    def _read(self, table: Path, required: bool) -> None:
-        """Add a table's captions. One that was found, not named by the user, may hold none."""
-        inside = os.path.relpath(os.path.realpath(table.parent), os.path.realpath(self.root))
-        base = "." if inside.startswith("..") else inside
-        keys: tuple[str, str] | None = None
-        for line, record in _records(table):
-            if keys is None:
-                key, value = (next((k for k in known if k in record), None) for known in (FILE_KEYS, CAPTION_KEYS))
-                if key is None or value is None:
-                    wrong = f"Expected a column {FILE_KEYS[0]!r} and one of {CAPTION_KEYS}, got {list(record)}"
-                    if required:
-                        raise ConfigError(f"{wrong} in {str(table)!r}.")
-                    self.left_out.append((os.path.relpath(table, self.root), wrong))
-                    return
-                keys = key, value
-            name, caption = record.get(keys[0]), record.get(keys[1])
-            if not isinstance(name, str) or not isinstance(caption, str | None):
-                got = f"{name!r}: {caption!r}"
-                raise ConfigError(f"Expected a file name and a text, got {got} in {str(table)!r}, line {line}.")
-            path = os.path.relpath(name, self.root) if os.path.isabs(name) else os.path.normpath(f"{base}/{name}")
-            if path in self.captions:
-                self.unused.append((path, "a second caption of the same file"))
-            else:
-                self.captions[path] = caption or None
-
-
-def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of a CSV, TSV or JSONL file, one at a time."""
-    ending = table.suffix.lower()
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as lines:
-            if ending in (".jsonl", ".ndjson", ".json"):
-                for line, text in enumerate(lines, 1):
-                    if text.strip():
-                        yield line, dict(json.loads(text))
-            else:
-                reader = csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ",")
-                for record in reader:
-                    yield reader.line_num, record
-    except (OSError, csv.Error, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"Expected captions as CSV, TSV or JSONL, got {str(table)!r}: {error}.") from error
+                yield File(shown(path), "text", why="a text without an image beside it")
 
 
 def read_ahead(root: Path, files: Iterator[File], num_threads: int) -> Iterator[Row]:
@@ -197,7 +165,7 @@ def read_ahead(root: Path, files: Iterator[File], num_threads: int) -> Iterator[
 
 def _read(root: Path, file: File) -> Row:
     """One file's bytes, its header checked, and the text beside it."""
-    row = Row(_shown(file.path))
+    row = Row(shown(file.path))
     try:
         if os.path.getsize(root / file.path) > LARGEST:
             row.refused = f"larger than {LARGEST >> 20} MiB"
@@ -258,6 +226,6 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A path that can be stored: names on disk are bytes, and need not be UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")

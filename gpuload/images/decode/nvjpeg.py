@@ -31,6 +31,7 @@ from gpuload.errors import DeviceError
 from gpuload.images import GRAY, KINDS, PIXELS, YCBCR, Encoded, Ragged, put_whole, view_at
 from gpuload.images.decode import libjpeg, libnvjpeg
 from gpuload.images.decode.arena import Lane, Slot, empty
+from gpuload.images.decode.host import with_codes
 from gpuload.images.decode.lanes import LaneDecoder
 from gpuload.images.decode.libnvjpeg import Handle, State
 from gpuload.images.planes import PLANES, ycc_to_rgb
