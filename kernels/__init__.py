@@ -49,6 +49,7 @@ OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 _TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
+_WIDE, _UNITS = 4, 1024  # of ycc_to_rgb.cu
 _SHORT = 2048  # items: some 50 µs at most
 _FOLDER = Path(__file__).parent
 
@@ -77,6 +78,13 @@ def cpu_library() -> ctypes.CDLL | None:
     library.gpuload_fill.argtypes = [pointer, number, number, pointer, number, pointer]
     library.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
     library.gpuload_jpeg_read.argtypes = [pointer, number]
+    return load_ycc(library)
+
+
+def load_ycc(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same library, which holds ycc_cpu.cpp, ready for `run_ycc_cpu`."""
+    library.gpuload_ycc_to_rgb.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.gpuload_ycc_to_rgb.restype = None
     return library
 
 
@@ -291,7 +299,34 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
         *affine,
     )
     with cp.cuda.Device(out.device.index), cp.cuda.Stream.from_external(stream):
-        _kernel(cp, f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
+        _kernel(cp, "resize_normalize", f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
+
+
+def run_ycc_cpu(library: ctypes.CDLL, planes: NDArray[np.void]) -> None:
+    """Fill `out` of PLANES[N], in host memory, on the calling thread."""
+    first = _ycc_blocks(planes)
+    library.gpuload_ycc_to_rgb(planes.ctypes.data, first.ctypes.data, len(planes))
+
+
+def run_ycc_cuda(planes: NDArray[np.void], stream: torch.cuda.Stream) -> None:
+    """Fill `out` of PLANES[N], in a device's memory, on a stream; nothing here waits for the device."""
+    first = _ycc_blocks(planes)
+    if not first[-1]:
+        return
+    cp = _cupy()
+    with torch.cuda.stream(stream):
+        both = torch.from_numpy(np.concatenate([planes.view(np.uint8), first.view(np.uint8)])).pin_memory()
+        table = both.to(stream.device, non_blocking=True)
+        grid = (int(min(first[-1], 2**31 - 1)), 1, 1)
+        arguments = (np.uint64(table.data_ptr()), np.uint64(table.data_ptr() + planes.nbytes), np.int64(len(planes)))
+        with cp.cuda.Device(stream.device.index), cp.cuda.Stream.from_external(_Stream(stream)):
+            _kernel(cp, "ycc_to_rgb", "ycc_to_rgb")(grid, (_THREADS, 1, 1), arguments)
+
+
+def _ycc_blocks(planes: NDArray[np.void]) -> NDArray[np.int64]:
+    """Blocks before each image, and of all: i64[N + 1]."""
+    units = planes["height"].astype(np.int64) * -(-planes["width"].astype(np.int64) // _WIDE)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-units // _UNITS))])
 
 
 class _Stream:
@@ -305,9 +340,9 @@ class _Stream:
 
 
 @cache
-def _kernel(cp: Any, name: str) -> Any:
+def _kernel(cp: Any, file: str, name: str) -> Any:
     """cupy.RawKernel: compiles at its first call on each device."""
-    return cp.RawKernel(source("resize_normalize"), name, options=flags.NVRTC)
+    return cp.RawKernel(source(file), name, options=flags.NVRTC)
 
 
 def _cupy() -> Any:

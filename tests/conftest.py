@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import pyarrow as pa
 import pytest
 import torch
 from making import captions, encode, picture
+
+from gpuload import kernels
 
 FOR_A_GPU = re.compile(r"mark\.gpu|\bdevice: str")
 
@@ -97,3 +102,20 @@ def quick() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gpuload"])
     return context
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a library from the sources as they are now, with the flags of the installation and some more."""
+    compiler, folder = shutil.which(os.environ.get("CXX", "g++")), Path(kernels.__file__).parent
+    assert compiler, "Expected a C++ compiler to test the kernel source with, got none. Do: apt install g++, or set CXX"
+
+    @cache
+    def compiled(path: Path, *more: str) -> Path:
+        target = tmp_path_factory.mktemp("build") / f"{path.stem}.so"
+        command = [compiler, *kernels.flags.CXX, *more, f"-I{folder}", "-fPIC", "-shared", "-o", str(target)]
+        built = subprocess.run([*command, str(path)], capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        return target
+
+    return compiled

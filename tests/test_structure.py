@@ -23,7 +23,7 @@ errors kernels device clock stages
 order order.philox order.permutation order.draws order.orders order.cut order.ranks order.state
 tables tables.malloc tables.fork tables.projection tables.lance tables.together
 order.samplers order.choose
-images images.transform images.encoded images.headers images.pillow images.views images.resize
+images images.transform images.encoded images.headers images.pillow images.views images.resize images.planes
 images.decode images.decode.libjpeg images.decode.host images.decode.line images.decode.cpu
 images.decode.arena images.decode.lanes images.decode.nvimgcodec images.decode.dali images.decode.choose
 fields fields.text fields.numbers fields.lists fields.image fields.bytes fields.choose
