@@ -2,6 +2,7 @@
 // gpuload.images.views.windows_twin, which says what they mean.
 //
 // In   views    VIEW[m]: 41 bytes each, not aligned; headers HEADER[n]; scales i64[n] in eighths, or none
+//      radius   of the filter, in steps of the output
 // Out  windows  i64[n, 4]: x0, y0, width, height in pixels of each image as it is stored; zeros where it has no view
 #include <algorithm>
 #include <cmath>
@@ -29,9 +30,9 @@ struct Span {
   int64_t low, high;
 };
 
-Span span(double start, double length, double outputs, double whole, double scale) {
-  const double margin = scale == 8 ? std::max(1.0, length / outputs) + MARGIN
-                                   : (std::max(1.0, length * scale / 8 / outputs) + MARGIN) * 8 / scale;
+Span span(double start, double length, double outputs, double whole, double scale, double radius) {
+  const double margin = scale == 8 ? radius * std::max(1.0, length / outputs) + MARGIN
+                                   : (radius * std::max(1.0, length * scale / 8 / outputs) + MARGIN) * 8 / scale;
   return {(int64_t)std::max(0.0, std::floor(start - margin)),
           (int64_t)std::min(whole, std::ceil(start + length + margin))};
 }
@@ -39,7 +40,8 @@ Span span(double start, double length, double outputs, double whole, double scal
 }  // namespace
 
 extern "C" void gpuload_windows(const unsigned char* views, int64_t m, const unsigned char* headers, int64_t n,
-                                int out_height, int out_width, const int64_t* scales, int64_t* windows) {
+                                int out_height, int out_width, int radius, const int64_t* scales,
+                                int64_t* windows) {
   memset(windows, 0, (size_t)n * 4 * sizeof(int64_t));
   for (int64_t k = 0; k < m; ++k) {
     int64_t image;
@@ -53,8 +55,8 @@ extern "C" void gpuload_windows(const unsigned char* views, int64_t m, const uns
     const bool turned = orientation >= 5;
     const Box r = stored(region, orientation, size[0], size[1]);
     const double scale = scales ? (double)scales[image] : 8;
-    const Span x = span(r.x, r.w, turned ? out_height : out_width, size[1], scale);
-    const Span y = span(r.y, r.h, turned ? out_width : out_height, size[0], scale);
+    const Span x = span(r.x, r.w, turned ? out_height : out_width, size[1], scale, radius);
+    const Span y = span(r.y, r.h, turned ? out_width : out_height, size[0], scale, radius);
     int64_t* w = windows + 4 * image;
     if (w[2] <= 0 && w[3] <= 0) {
       w[0] = x.low, w[1] = y.low, w[2] = x.high - x.low, w[3] = y.high - y.low;

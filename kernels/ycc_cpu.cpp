@@ -3,7 +3,7 @@
 #include "cpu_shim.h"
 #include "ycc_to_rgb.cu"
 
-extern "C" void gpuload_ycc_to_rgb(const Planes* images, const i64* first, i64 count) {
+extern "C" void gpuload_ycc_to_rgb(const ycc::Planes* images, const i64* first, i64 count) {
   gridDim = {(unsigned)first[count], 1, 1};
   for (unsigned x = 0; x < gridDim.x; ++x) {
     blockIdx = {x, 0, 0};

@@ -16,6 +16,9 @@
 
 typedef long long i64;
 typedef unsigned char u8;
+
+namespace ycc {  // another kernel in the same library has functions of these names
+
 constexpr unsigned int WIDE = 4, UNITS = 1024;
 
 struct Planes {  // 64 bytes; mirrored by gpuload.images.planes.PLANES
@@ -100,8 +103,11 @@ __device__ inline void convert(const Planes& p, const Unit& unit) {
   }
 }
 
-extern "C" __global__ void ycc_to_rgb(const Planes* images, const i64* first, i64 count) {
+}  // namespace ycc
+
+extern "C" __global__ void ycc_to_rgb(const ycc:: Planes* images, const i64* first, i64 count) {
   for (i64 block = blockIdx.x; block < first[count]; block += gridDim.x) {
+    using namespace ycc;
     i64 n = 0, end = count;  // the image is one of [n, end)
     while (end - n > 1) {
       const i64 middle = (n + end) / 2;

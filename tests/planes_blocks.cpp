@@ -3,7 +3,7 @@
 #include "cpu_shim.h"
 #include "ycc_to_rgb.cu"
 
-extern "C" void launch(int grid, int threads, const Planes* images, const i64* first, i64 count) {
+extern "C" void launch(int grid, int threads, const ycc::Planes* images, const i64* first, i64 count) {
   gridDim = {(unsigned)grid, 1, 1}, blockDim = {(unsigned)threads, 1, 1};
   for (int block = grid - 1; block >= 0; --block)
     for (int thread = threads - 1; thread >= 0; --thread) {

@@ -98,7 +98,8 @@ def resize(request: pytest.FixtureRequest, build: Callable[..., Path]) -> Resize
     library = kernels.load(build(FOLDER / "resize_cpu.cpp", *["-DGPULOAD_BASELINE"] * (request.param == "baseline")))
 
     def run(ragged: Ragged, wanted: np.ndarray, image: Image, out: torch.Tensor) -> None:
-        kernels.run_cpu(library, rows(ragged, wanted), out, affine(image), literal=request.param == "literal")
+        table, how = rows(ragged, wanted, image), request.param == "literal"
+        kernels.run_cpu(library, table, out, affine(image), image.interpolation, how)
 
     return run
 

@@ -21,7 +21,7 @@ def _interval(name: str, value: tuple[float, float], upper: float = math.inf) ->
 
 @dataclass(frozen=True)
 class Image:
-    """An encoded image becomes ``[C, H, W]`` pixels of one size: crop, antialiased bilinear resize, flip, normalise.
+    """An encoded image becomes ``[C, H, W]`` pixels of one size: crop, antialiased resize, flip, normalise.
 
     Parameters
     ----------
@@ -52,6 +52,9 @@ class Image:
     fast : bool
         On the CPU, halve a JPEG inside its DCT, once or more, while the region stays as large as `size`. Quicker on
         large photos, and not the same pixels; the README has the PSNR.
+    interpolation : {"bilinear", "bicubic", "nearest"}
+        Pillow's filters of these names, within 1.01 of 255 levels of ``resize(size, filter, box=region)``. The first two
+        are antialiased. Bicubic (a = -0.5) rounds and clips to 0..255 between its two passes, as Pillow does.
 
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
@@ -69,6 +72,7 @@ class Image:
     channels_last: bool = False
     orient: bool = True
     fast: bool = False
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -82,6 +86,8 @@ class Image:
         _interval("scale", self.scale, 1)
         _interval("ratio", self.ratio)
         expect(0 <= self.flip <= 1, "Image(flip=...) as a probability in [0, 1]", self.flip)
+        good = self.interpolation in ("bilinear", "bicubic", "nearest")
+        expect(good, 'Image(interpolation="bilinear"|"bicubic"|"nearest")', self.interpolation)
         expect(self.mode in ("RGB", "L"), 'Image(mode="RGB"|"L")', self.mode)
         expect(self.dtype in IMAGE_DTYPES, f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
         for name in ("mean", "std"):
@@ -96,6 +102,11 @@ class Image:
     @property
     def channels(self) -> int:
         return 3 if self.mode == "RGB" else 1
+
+    @property
+    def radius(self) -> int:
+        """How far the filter reaches from an output's centre: in steps of the output, at least as many pixels."""
+        return 2 if self.interpolation == "bicubic" else 1
 
     @property
     def shape(self) -> tuple[int, int, int] | None:

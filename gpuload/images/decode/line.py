@@ -35,7 +35,7 @@ class Target:
     views : VIEW[M]
         Of the slice's images alone, counted as in the batch; in any order.
     image : Image
-        For its mode, dtype, mean and std; the size is that of `out`.
+        For its mode, dtype, filter, mean and std; the size is that of `out`.
     out : Tensor[M, C, H, W]
         On the CPU, contiguous or channels-last, of dtype ``image.dtype``; written.
     """
@@ -111,7 +111,7 @@ class Line:
         The views of what cannot be decoded, and of images of height 0, become zeros.
         """
         parts = self._parts[lo:hi]
-        rows = [kernels.output(t.views, t.out, resize.affine(t.image)) for t in targets]
+        rows = [kernels.output(t.views, t.out, resize.affine(t.image), t.image.interpolation) for t in targets]
         decoded, left, resized = kernels.run_fill(self._library, parts, lo, np.array(rows, kernels.OUTPUT))
         if decoded:
             self._count("libjpeg-turbo", decoded)
