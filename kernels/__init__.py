@@ -31,7 +31,7 @@ ROW = np.dtype(  # struct Row of resize_normalize.cu
         ("flip", np.int32),
         ("left", np.int32),
         ("top", np.int32),
-        ("reserved", np.int32),
+        ("down_first", np.int32),
     ]
 )
 OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
@@ -46,6 +46,8 @@ OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
         ("channels", np.int32),
         ("channels_last", np.int32),
         ("filter", np.int32),
+        ("chooses", np.int32),
+        ("reserved", np.int32),
     ]
 )
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
@@ -178,8 +180,8 @@ def run_windows(
     radius: int,
     out: NDArray[np.int64],
 ) -> None:
-    """Fill `out`, i64[N, 4], with the windows of VIEW[M] of HEADER[N] for outputs of `size` (height, width) and a filter
-    of `radius`; see `gpuload.images.views.windows`."""
+    """Fill `out`, i64[N, 4], with the windows of VIEW[M] of HEADER[N] for outputs of `size` (height, width) and a
+    filter of `radius`; see `gpuload.images.views.windows`."""
     views, headers = np.ascontiguousarray(views), np.ascontiguousarray(headers)
     scales = None if scales is None else np.ascontiguousarray(scales, np.int64)
     eighths = None if scales is None else scales.ctypes.data
@@ -233,7 +235,7 @@ def run_cpu(
 
 
 def output(
-    views: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32], interpolation: str
+    views: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32], interpolation: str, chooses: bool
 ) -> tuple[Any, ...]:
     """A row of OUTPUT: where the pixels of M views go, for `run_fill`.
 
@@ -243,10 +245,12 @@ def output(
         Contiguous.
     out, affine, interpolation
         As for `run_cpu`.
+    chooses : bool
+        Whether Pillow chooses which pass of bicubic comes first: `gpuload.images.pillow.chooses_first_pass`.
     """
     n, channels, height, width = out.shape
     last, number, kind = not out.is_contiguous(), _NUMBERS[out.dtype], FILTERS[interpolation]
-    return views.ctypes.data, n, out.data_ptr(), affine, number, height, width, channels, last, kind
+    return views.ctypes.data, n, out.data_ptr(), affine, number, height, width, channels, last, kind, chooses, 0
 
 
 def run_fill(
@@ -296,7 +300,8 @@ def run_cuda(
 ) -> None:
     """Fill `out` on torch's current stream of its device; nothing here waits for the device.
 
-    Parameters are those of `run_cpu`, with pixels at addresses of the device; `variant` is one of VARIANTS. The table goes up through pinned
+    Parameters are those of `run_cpu`, with pixels at addresses of the device; `variant` is one of VARIANTS.
+    The table goes up through pinned
     memory; both its copies belong to torch's allocators, which keep them until the stream has passed. The same holds
     for `out` and the pixels only if they were allocated on that stream or are recorded for it: the caller's part.
     """
@@ -322,8 +327,8 @@ def run_cuda(
     )
     with cp.cuda.Device(out.device.index), cp.cuda.Stream.from_external(stream):
         name = f"resize_normalize_{TYPES[out.dtype]}"
-        options = (f"-DFILTER={interpolation.upper()}", *options)
-        _kernel(cp, "resize_normalize", name, options)(grid, (_THREADS, 1, 1), arguments)
+        defined = (f"-DFILTER={interpolation.upper()}", *options)
+        _kernel(cp, "resize_normalize", name, defined)(grid, (_THREADS, 1, 1), arguments)
 
 
 def run_ycc_cpu(library: ctypes.CDLL, planes: NDArray[np.void]) -> None:

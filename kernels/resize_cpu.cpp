@@ -157,7 +157,8 @@ void resize_all(const Row* rows, i64 count, const Job& job) {
     const Axis u = ub.build(f.u, job.filter), v = vb.build(f.v, job.filter);
     if (job.filter == BICUBIC && r.channels > job.channels) r = gray_of(r, u, v, kept.gray);
     const size_t line = 4 * ((size_t)u.span * r.channels + 4);
-    const size_t quad = 4 * (f.turned ? (size_t)u.count * ((v.count + 3) / 4 * 4) : 4 * (size_t)u.count) + 16;
+    const size_t rows = 4 * (size_t)u.count, all = (size_t)u.count * ((v.count + 3) / 4 * 4);
+    const size_t quad = 4 * ((f.turned ? all : 0) + (f.turned && job.filter != BICUBIC ? 0 : rows)) + 16;
     if (lines.size() < line) lines.resize(line);
     if (quads.size() < quad + 4) quads.resize(quad + 4);
     if (job.filter == BICUBIC) {

@@ -199,33 +199,39 @@ static void clip(f4* quads, i64 n) {
   for (i64 i = 0; i < 4 * n; ++i) v[i] = v[i] < 0 ? 0 : v[i] > 255 ? 255 : v[i];
 }
 
-// One image with BICUBIC: along x of the picture as it is seen first, which of a turned one lies down columns of memory.
+// Clips n quads of row y, and writes them or, of a turned image, puts them where `emit` will find them.
+template <typename T>
+static void finish(f4* from, i64 n, int y, bool turned, i64 aligned, f4* quads, int planes, const Job& job, float* buffer,
+                   T* out) {
+  clip(from, n);
+  if (!turned) return emit(from, n, planes, job, buffer, out);
+  for (i64 j = 0; j < n; ++j) quads[j * aligned + y] = from[j];
+}
+
+// One image with BICUBIC, whose first pass rounds: along memory, or down columns of it.
 template <typename T>
 static void image_cubic(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, T* out) {
   const int planes = r.channels, aligned = (v.count + 3) / 4 * 4;
-  const i64 bytes = (i64)u.span * planes, pitch = bytes + 4, step = job.channels_last ? (i64)job.channels * job.out_w : job.out_w;
-  f4* quads = (f4*)s.quads;
-  if (!turned) {
-    first_across(r, u, v, s);
-    for (int y = 0; y < v.count; ++y) {
-      const i64 down = 4 * (i64)u.count;
-      vertical(s.levels + (v.lo[y] - v.first) * down, down, v.weights + (i64)y * v.taps, v.taps, s.quads, down);
-      clip(quads, u.count);
-      emit(quads, u.count, planes, job, s.buffer, out + y * step);
+  const i64 bytes = (i64)u.span * planes, pitch = bytes + 4;
+  const i64 step = job.channels_last ? (i64)job.channels * job.out_w : job.out_w, down = 4 * (i64)u.count;
+  f4 *quads = (f4*)s.quads, *row = quads + (turned ? (i64)u.count * aligned : 0);
+  const bool along = !stored_down_first(r);
+  if (along) first_across(r, u, v, s);
+  for (int y = 0; y < v.count; ++y) {
+    const float* w = v.weights + (i64)y * v.taps;
+    if (along) {
+      vertical(s.levels + (v.lo[y] - v.first) * down, down, w, v.taps, (float*)row, down);
+    } else if (y % 4 == 0) {
+      for (int k = 0; k < 4 && y + k < v.count; ++k) {
+        const unsigned char* p = row_of(r, v.lo[y + k]) + (i64)u.first * planes;
+        first_down(p, r.pitch, v.whole + (i64)(y + k) * v.taps, v.taps, s.lines + k * pitch, s.sums, bytes);
+      }
+      horizontal_any(s.lines, pitch, u, planes, row, 1, u.count);
     }
-    return;
+    finish(row + (along ? 0 : (i64)(y % 4) * u.count), u.count, y, turned, aligned, quads, planes, job, s.buffer, out + y * step);
   }
-  for (int y = 0; y < v.count; y += 4) {
-    for (int k = 0; k < 4 && y + k < v.count; ++k) {
-      const unsigned char* p = row_of(r, v.lo[y + k]) + (i64)u.first * planes;
-      first_down(p, r.pitch, v.whole + (i64)(y + k) * v.taps, v.taps, s.lines + k * pitch, s.sums, bytes);
-    }
-    horizontal_any(s.lines, pitch, u, planes, quads + y, aligned, 1);
-  }
-  for (int y = 0; y < u.count; ++y) {
-    clip(quads + (i64)y * aligned, v.count);
-    emit(quads + (i64)y * aligned, v.count, planes, job, s.buffer, out + y * step);
-  }
+  if (turned)
+    for (int y = 0; y < u.count; ++y) emit(quads + (i64)y * aligned, v.count, planes, job, s.buffer, out + y * step);
 }
 
 static void run(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, i64 at) {

@@ -11,8 +11,8 @@
 // pixels) around each output's centre, cut at the image's edge, divided by its sum.
 //   BILINEAR  a triangle of radius 1. Nothing is rounded between the two passes.
 //   BICUBIC   Keys' cubic with a = -0.5, of radius 2, which overshoots. Pillow rounds and clips to 0..255 between its two
-//             passes, and so does this: along x of the picture as it is seen first, in Pillow's own integers (weights in
-//             1/2^22), so that halves round alike. The second pass is not rounded, but clipped.
+//             passes, and so does this, the first pass in Pillow's own integers (weights in 1/2^22), so that halves round
+//             alike. The second one is not rounded, but clipped. Which comes first, the row says (see `down_first`).
 //   NEAREST   the pixel that the output's centre lies in, its place found by adding up steps, as Pillow does.
 // Centres are computed in double: in float they would be off by 5e-4 pixels at pixel 8000, an eighth of a grey level at an
 // edge. Offsets inside one window are float. Torch twin: gpuload.images.resize.resize_twin.
@@ -27,8 +27,8 @@
 //           into `line`. STREAM: it walks down the source rows once and turns each byte into a float once, for the two
 //           output rows that it counts for. Otherwise each output row reads its own source rows, again through the cache.
 //   across  the horizontal pass: a thread has one output pixel with its channels.
-// Bicubic, upright: a thread has one output column and walks down the source rows, the horizontal pass of each rounded
-// and added to the rows of the band in registers. Where a window is wider than CHUNK a thread computes a whole output by
+// Bicubic, along memory first: a thread has one output column and walks down the source rows, the horizontal pass of each
+// rounded and added to the rows of the band in registers. Where a window is wider than CHUNK a thread computes a whole output by
 // itself (`direct`): 60,000 pixels wide is slower, never impossible.
 //
 // The same source runs on the CPU through cpu_shim.h: every loop inside a block is block-stride, threads meet only in
@@ -70,7 +70,7 @@ struct Row {  // 80 bytes; mirrored by gpuload.kernels.ROW
   double x, y, w, h;  // region in pixels of what is here, oriented
   int height, width, channels, orientation, flip;
   int left, top;      // where it begins in the whole image, oriented: NEAREST adds up from there
-  int reserved;
+  int down_first;     // BICUBIC: which pass is the first one, in the picture as it is seen
 };
 
 static_assert(sizeof(Row) == 80, "Row and gpuload.kernels.ROW differ");
@@ -333,7 +333,7 @@ __device__ inline void across(const Frame& f, const Tile& t, const Shared& s, co
   }
 }
 
-// BICUBIC, upright: one output column a thread, both passes.
+// BICUBIC, along memory first: one output column a thread, both passes.
 template <typename T>
 __device__ inline void columns(const Row& r, const Frame& f, const Tile& t, const Shared& s, int planes, int taps,
                                const Target<T>& out) {
@@ -386,9 +386,11 @@ __device__ inline float direct(const u8* pixels, const Side& a, int at_a, i64 pa
   return F != BICUBIC ? sum : sum < 0 ? 0 : sum > 255 ? 255 : sum;
 }
 
+__device__ inline bool stored_down_first(const Row& r) { return (r.down_first != 0) == (r.orientation < 5); }
+
 template <int F, typename T>
 __device__ inline void directly(const Row& r, const Frame& f, const Tile& t, int planes, const Target<T>& out) {
-  const bool to_luma = planes < r.channels, down_first = F == BICUBIC && f.turned;
+  const bool to_luma = planes < r.channels, down_first = F == BICUBIC && stored_down_first(r);
   for (int k = threadIdx.x; k < t.down * t.across; k += blockDim.x) {
     const int v = t.v0 + k / t.across, u = t.u0 + k % t.across;
     float value[3];
@@ -418,7 +420,7 @@ __device__ inline int outputs_of(const Side& s, int room) {
 template <int F, typename T>
 __device__ inline void band(const Row& r, const Frame& f, int v0, const Target<T>& out) {
   Shared& s = shared();
-  const bool columns_first = F == BICUBIC && !f.turned, rows_exact = F == BICUBIC && f.turned;
+  const bool rows_exact = F == BICUBIC && stored_down_first(r), columns_first = F == BICUBIC && !rows_exact;
   const int planes = F != BILINEAR && out.channels == 1 ? 1 : r.channels;  // of what is resized; BILINEAR: luma comes last
   const int taps = taps_of<F>(columns_first ? f.u : f.v), most = columns_first ? BAND * LINE / taps : TILE;
   Tile t;

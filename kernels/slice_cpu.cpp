@@ -38,8 +38,9 @@ struct Output {  // OUTPUT of gpuload/kernels
   char* out;      // T[count, channels, height, width], or channels last
   float affine[6];
   int32_t type, height, width, channels, channels_last, filter;
+  int32_t chooses, reserved;  // whether Pillow chooses which pass comes first
 };
-static_assert(sizeof(Output) == 72, "Output and OUTPUT differ");
+static_assert(sizeof(Output) == 80, "Output and OUTPUT differ");
 
 struct Pixels {  // of one window; kept, for fresh pages cost more than decoding
   unsigned char* at = nullptr;
@@ -82,6 +83,13 @@ Region within(const View& view, const Part& part) {
   return turned ? swapped(r) : r;
 }
 
+// `down_first` of gpuload/images/resize.py.
+bool down_first(const Part& part, const Output& o) {
+  const bool turned = part.orientation >= 5;
+  const int height = turned ? part.whole_w : part.whole_h, width = turned ? part.whole_h : part.whole_w;
+  return o.height < height && height - o.height > 2 * (width - o.width);
+}
+
 // Pillow takes a box as four floats: `rounded` of gpuload/images/resize.py.
 void round_box(View& view) {
   const float x0 = (float)view.x, y0 = (float)view.y, x1 = (float)(view.x + view.w), y1 = (float)(view.y + view.h);
@@ -110,7 +118,7 @@ int resize_view(const Part& part, const Output& o, int64_t m) {
     const double scale = part.eighths / 8.0;
     const int32_t left = (int32_t)std::lrint(view.x * scale - r.x), top = (int32_t)std::lrint(view.y * scale - r.y);
     row = {(unsigned long long)(size_t)part.out, (i64)part.w * part.channels, r.x, r.y, r.w, r.h,
-           part.h, part.w, part.channels, part.orientation, view.flip, left, top, 0};
+           part.h, part.w, part.channels, part.orientation, view.flip, left, top, o.chooses && down_first(part, o)};
   }
   char* to = o.out + m * o.channels * o.height * o.width * bytes_of(o.type);
   return gpuload_resize(&row, to, 1, o.type, o.filter, o.height, o.width, o.channels, o.channels_last, o.affine);

@@ -4,15 +4,19 @@ Three implementations of one definition: `kernels/resize_normalize.cu` on CUDA; 
 (`kernels/resize_cpu.cpp`) where the package was installed with a compiler; and `resize_twin` in torch, which the
 other two are tested against and which works everywhere.
 
-The definition is Pillow's ``resize((W, H), filter, box=region)``. Bilinear, without the rounding in between: a triangle of
-half-width ``max(1, scale)`` source pixels, cut at the image's edge (not at the region's), its weights divided by their
-sum. Bicubic: Keys' cubic (a = -0.5), twice as wide; along x first, in Pillow's integers, rounded and clipped to 0..255, then
-along y, clipped but not rounded. Nearest: the pixel in which the output's centre lies. Then the mirror, then
-``value * scale + shift`` per channel; uint8 rounds to the nearest and clamps.
+The definition is Pillow's ``resize((W, H), filter, box=region)``. Then the mirror, then ``value * scale + shift`` per
+channel; uint8 rounds to the nearest and clamps.
+
+- Bilinear: without the rounding in between. A triangle of half-width ``max(1, scale)`` source pixels, cut at the
+  image's edge (not at the region's), its weights divided by their sum.
+- Bicubic: Keys' cubic (a = -0.5), twice as wide. First along the axis that Pillow takes first, in its integers, rounded
+  and clipped to 0..255; then along the other, clipped but not rounded.
+- Nearest: the pixel in which the output's centre lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.images import VIEW, Ragged
+from gpuload.images import VIEW, Ragged, pillow
 from gpuload.images.transform import Image
 from gpuload.images.views import to_seen, to_stored
 
@@ -49,9 +53,10 @@ def resize_normalize(ragged: Ragged, views: NDArray[np.void], image: Image, out:
     """
     _check(ragged, views, image, out)
     if out.is_cuda:
-        kernels.run_cuda(rows(ragged, views, image), out, affine(image), image.interpolation)
+        kernels.run_cuda(rows(ragged, views, image, out.shape[2:]), out, affine(image), image.interpolation)
     elif (library := kernels.cpu_library()) is not None:
-        kernels.run_cpu(library, rows(ragged, views, image), out, affine(image), image.interpolation)
+        table = rows(ragged, views, image, out.shape[2:])
+        kernels.run_cpu(library, table, out, affine(image), image.interpolation)
     else:
         resize_twin(ragged, views, image, out)
 
@@ -68,10 +73,10 @@ def cpu_implementation() -> str:
 
 def resize_twin(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
     """`resize_normalize` in plain torch, float32, on any device: the definition that the kernels are tested against."""
-    device = out.device
+    (height, width), device = out.shape[2:], out.device
     scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
     filtered = {"bilinear": _bilinear, "bicubic": _bicubic, "nearest": _nearest}[image.interpolation]
-    table = rows(ragged, views, image)
+    table = rows(ragged, views, image, (height, width))
     for m, i in enumerate(views["image"].tolist()):
         if not ragged.table["height"][i]:
             out[m] = 0
@@ -80,7 +85,7 @@ def resize_twin(ragged: Ragged, views: NDArray[np.void], image: Image, out: torc
         to_luma = image.channels == 1 and len(pixels) == 3
         if to_luma and image.interpolation != "bilinear":
             pixels = _luma(pixels)
-        values = filtered(pixels, table[m], tuple(out.shape[2:]))  # f32[c, H, W]
+        values = filtered(pixels, table[m], (height, width))  # f32[c, H, W]
         if to_luma and image.interpolation == "bilinear":
             values = (values * torch.tensor(LUMA, device=device).view(3, 1, 1)).sum(0, keepdim=True) / 65536
         if views["flip"][m]:
@@ -95,8 +100,8 @@ def _bilinear(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Te
     top, down = _weights(y0, h, size[0], pixels.shape[1], 1)
     left, across = _weights(x0, w, size[1], pixels.shape[2], 1)
     seen = pixels[:, top : top + down.shape[1], left : left + across.shape[1]].float()
-    down, across = (torch.from_numpy(weights.astype(np.float32)).to(pixels.device) for weights in (down, across))
-    return down @ seen @ across.T
+    first, second = (torch.from_numpy(weights.astype(np.float32)).to(pixels.device) for weights in (down, across))
+    return first @ seen @ second.T
 
 
 def _bicubic(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Tensor:
@@ -105,9 +110,13 @@ def _bicubic(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Ten
     top, down = _weights(y0, h, size[0], pixels.shape[1], 2)
     left, across = _weights(x0, w, size[1], pixels.shape[2], 2)
     seen = pixels[:, top : top + down.shape[1], left : left + across.shape[1]].double()
+    if row["down_first"]:
+        seen, down, across = seen.mT, across, down
     whole = np.trunc(across * 2**22 + np.copysign(0.5, across))  # Pillow's weights; their sums are exact in double
     first = (seen @ torch.from_numpy(whole).to(pixels.device).T / 2**22 + 0.5).floor().clamp(0, 255)
-    return (torch.from_numpy(down.astype(np.float32)).to(pixels.device) @ first.float()).clamp(0, 255)
+    second: torch.Tensor = torch.from_numpy(down.astype(np.float32)).to(pixels.device)
+    values = torch.clamp(second @ first.float(), 0, 255)
+    return values.mT if row["down_first"] else values
 
 
 def _nearest(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Tensor:
@@ -195,8 +204,8 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     return out.copy_(pixels * scale + shift)
 
 
-def rows(ragged: Ragged, views: NDArray[np.void], image: Image) -> NDArray[np.void]:
-    """The kernels' table, ROW[M], for the filter of `image`."""
+def rows(ragged: Ragged, views: NDArray[np.void], image: Image, size: Sequence[int]) -> NDArray[np.void]:
+    """The kernels' table, ROW[M], for the filter of `image` and outputs of `size` (height, width)."""
     found, table = np.zeros(len(views), kernels.ROW), ragged.table[views["image"]]
     found["pixels"] = table["offset"] + ragged.arena.data_ptr()
     for name in ("pitch", "height", "width", "channels", "orientation"):
@@ -206,6 +215,17 @@ def rows(ragged: Ragged, views: NDArray[np.void], image: Image) -> NDArray[np.vo
     if image.interpolation == "nearest":
         corners = regions[:, :2] * table["scale"][:, None] - found["region"][:, :2]
         found["left"], found["top"] = np.rint(np.nan_to_num(corners)).T
+    if image.interpolation == "bicubic" and pillow.chooses_first_pass():
+        found["down_first"] = down_first(table, size)
+    return found
+
+
+def down_first(table: NDArray[np.void], size: Sequence[int]) -> NDArray[np.bool_]:
+    """bool[M]: for which images, PIXELS[M], Pillow resizes down columns first; by their whole size alone."""
+    turned = table["orientation"] >= 5
+    heights = np.where(turned, table["whole_width"], table["whole_height"])
+    widths = np.where(turned, table["whole_height"], table["whole_width"])
+    found: NDArray[np.bool_] = (size[0] < heights) & (heights - size[0] > 2 * (widths - size[1]))
     return found
 
 
@@ -256,8 +276,8 @@ def _luma(pixels: torch.Tensor) -> torch.Tensor:
 def _weights(start: float, extent: float, count: int, size: int, radius: int) -> tuple[int, NDArray[np.float64]]:
     """The filter along one axis: `count` outputs over source pixels [start, start + extent) of an axis of `size`.
 
-    Returns the first source pixel any output sees, and f64[count, pixels seen]; rows sum to 1. Radius 1 is the triangle,
-    2 the cubic.
+    Returns the first source pixel any output sees, and f64[count, pixels seen]; rows sum to 1. Radius 1 is the
+    triangle, 2 the cubic.
     """
     scale = extent / count
     step = max(1.0, scale)

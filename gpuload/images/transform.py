@@ -53,8 +53,8 @@ class Image:
         On the CPU, halve a JPEG inside its DCT, once or more, while the region stays as large as `size`. Quicker on
         large photos, and not the same pixels; the README has the PSNR.
     interpolation : {"bilinear", "bicubic", "nearest"}
-        Pillow's filters of these names, within 1.01 of 255 levels of ``resize(size, filter, box=region)``. The first two
-        are antialiased. Bicubic (a = -0.5) rounds and clips to 0..255 between its two passes, as Pillow does.
+        Pillow's filters of these names, within 1.01 of 255 levels of ``resize(size, filter, box=region)``. The first
+        two are antialiased. Bicubic (a = -0.5) rounds and clips to 0..255 between its two passes, as Pillow does.
 
     Crops and flips are a function of (seed, epoch, row): two image columns of one row get the same region.
     """
