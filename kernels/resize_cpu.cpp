@@ -85,8 +85,13 @@ struct AxisBuffer {
     lo.resize(count);
     std::vector<Window>& w = windows;
     w.resize(count);
+    double at = F == NEAREST ? first_center(side) : 0;
+    for (int k = 0; F == NEAREST && k < count; ++k, at += side.step) {  // as `window`, which adds up from 0 each time
+      const int j = side.mirror == side.backwards ? k : count - 1 - k, lo = pixel_at(side, at);
+      w[j] = Window{lo, lo + 1, 0, 1, 1};
+    }
     for (int j = 0; j < count; ++j) {
-      w[j] = window<F>(side, side.mirror ? count - 1 - j : j);
+      if (F != NEAREST) w[j] = window<F>(side, side.mirror ? count - 1 - j : j);
       taps = std::max(taps, w[j].hi - w[j].lo);
       first = std::min(first, w[j].lo);
       end = std::max(end, w[j].hi);

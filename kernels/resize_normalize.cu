@@ -113,13 +113,20 @@ __device__ inline double support_of(const Side& s) {
   return (F == BICUBIC ? 2 : 1) * (s.step > 1 ? s.step : 1);
 }
 
-// Which source pixel output `output` is.
-__device__ inline int nearest(const Side& s, int output) {
-  double at = s.seen + s.origin + s.step * 0.5;
-  for (int k = s.backwards ? s.count - 1 - output : output; k > 0; --k) at += s.step;
+__device__ inline double first_center(const Side& s) { return s.seen + s.origin + s.step * 0.5; }  // in the whole, as seen
+
+// The stored pixel that lies at `at` in the whole, as it is seen.
+__device__ inline int pixel_at(const Side& s, double at) {
   const double limit = (double)s.origin + s.size;
   const int found = at < limit ? (at > s.origin ? (int)at - s.origin : 0) : s.size - 1;
   return s.backwards ? s.size - 1 - found : found;
+}
+
+// Which source pixel output `output` is.
+__device__ inline int nearest(const Side& s, int output) {
+  double at = first_center(s);
+  for (int k = s.backwards ? s.count - 1 - output : output; k > 0; --k) at += s.step;
+  return pixel_at(s, at);
 }
 
 // Never empty and always inside the image, whatever the region: a wrong one gives wrong pixels, not a wrong address.
@@ -231,7 +238,8 @@ struct Shared {
   float line[BAND * LINE];
 };
 
-__device__ inline Shared& shared() {
+// Static: on the CPU the linker would make the memory of several builds in one process one, whatever their sizes.
+static __device__ inline Shared& shared() {
   SHARED Shared found;
   return found;
 }

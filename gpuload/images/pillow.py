@@ -141,7 +141,8 @@ def _formats() -> list[str]:
 @cache
 def chooses_first_pass() -> bool:
     """Whether this Pillow resizes down columns first where that shrinks an image more (13.0 does), or always along
-    rows first. It rounds and clips in between, so with bicubic the order is seen: asked once of the library that is there."""
+    rows first. It rounds and clips in between, so with bicubic the order is seen. Asked once of the library that is
+    there."""
     stripes = np.zeros((40, 10), np.uint8)
     stripes[::3, ::2] = stripes[1::3, 1::2] = 255
     one = pillow.fromarray(stripes)
