@@ -8,7 +8,15 @@ typedef float f4u __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int i4 __attribute__((vector_size(16), may_alias));
 typedef unsigned char b4 __attribute__((vector_size(4), aligned(1), may_alias));
 
-static i4 pixel(const unsigned char* p) { return __builtin_convertvector(*(const b4*)p, i4); }
+static i4 pixel(const unsigned char* p) {
+#ifdef F16C  // GCC converts byte by byte
+  int bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return (i4)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+#else
+  return __builtin_convertvector(*(const b4*)p, i4);
+#endif
+}
 
 static void put_levels(i4 sums, unsigned char* to) {
   const i4 low = {0, 0, 0, 0}, high = {255, 255, 255, 255};

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import by_pillow, encode, picture
 
-from gpuload import Image, LanceDataset, Ragged
+from gpuload import HEADER, Image, LanceDataset, Ragged
 from gpuload.errors import ConfigError
 from gpuload.images import views
 from gpuload.images.resize import resize_normalize, resize_twin
@@ -113,6 +113,29 @@ def test_what_is_decoded_smaller_is_near_what_is_not(name: str, store: Callable[
         made.append(batch["image"])
     error = (made[0] - made[1]).pow(2).mean(dim=(1, 2, 3))
     assert (error < 10 ** -(2.4 if name == "nearest" else 3.2)).all(), error  # PSNR 24 and 32 dB
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(sides, sides), st.tuples(sides, sides), orientations, st.tuples(*[st.floats(0, 1)] * 4))
+def test_a_window_is_as_wide_as_the_filter(name: str, shape: Any, size: Any, orientation: int, place: Any) -> None:
+    """From its window alone an image becomes what it becomes from the whole."""
+    whole, image = Ragged.of([hard(sum(shape), *shape, 3)]), Image(size, interpolation=name)
+    headers = np.zeros(1, HEADER)
+    headers["height"], headers["width"], headers["orientation"] = *shape, orientation
+    whole.table["orientation"] = orientation
+    tall, wide = shape if orientation < 5 else shape[::-1]
+    w, h = max(0.1, wide * place[2]), max(0.1, tall * place[3])
+    looks = views.of_regions(np.array([[(wide - w) * place[0], (tall - h) * place[1], w, h]]), np.zeros(1, bool))
+    ((x, y, width, height),) = views.windows(looks, headers, size, radius=image.radius)
+    assert (views.windows_twin(looks, headers, size, radius=image.radius) == (x, y, width, height)).all()
+    cut = Ragged(whole.arena, whole.table.copy())
+    cut.table["offset"] += y * cut.table["pitch"] + 3 * x
+    cut.table["x"], cut.table["y"], cut.table["width"], cut.table["height"] = x, y, width, height
+    outs = [torch.empty(1, 3, *size) for _ in range(2)]
+    for ragged, out in zip((whole, cut), outs, strict=True):
+        resize_normalize(ragged, looks, image, out)
+    assert (outs[0] - outs[1]).abs().max() <= 2e-5  # float32 weights of shifted coordinates
 
 
 def test_other_names_are_refused() -> None:
