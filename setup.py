@@ -8,11 +8,12 @@ from setuptools import Extension, setup
 flags = list(runpy.run_path("kernels/flags.py")["CXX"])
 cpu = Extension(
     "gpuload.kernels._cpu",  # a plain C library, loaded with ctypes: decoding, resize, and both in one call
-    sources=["kernels/slice_cpu.cpp"],
+    sources=["kernels/slice_cpu.cpp", "kernels/ycc_cpu.cpp"],
     depends=[
         *(f"kernels/{name}.cpp" for name in ("jpeg_stored", "jpeg_region", "resize_cpu")),
         *(f"kernels/{name}.h" for name in ("jpeg_huffman", "resize_cpu_body", "cpu_shim")),
         "kernels/resize_normalize.cu",
+        "kernels/ycc_to_rgb.cu",
         "kernels/flags.py",
     ],
     language="c++",

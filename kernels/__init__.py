@@ -29,7 +29,9 @@ ROW = np.dtype(  # struct Row of resize_normalize.cu
         ("channels", np.int32),
         ("orientation", np.int32),
         ("flip", np.int32),
-        ("reserved", np.int32),
+        ("left", np.int32),
+        ("top", np.int32),
+        ("down_first", np.int32),
     ]
 )
 OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
@@ -43,6 +45,8 @@ OUTPUT = np.dtype(  # struct Output of slice_cpu.cpp
         ("width", np.int32),
         ("channels", np.int32),
         ("channels_last", np.int32),
+        ("filter", np.int32),
+        ("chooses", np.int32),
         ("reserved", np.int32),
     ]
 )
@@ -60,7 +64,15 @@ CROP = np.dtype(  # struct Crop of views.cpp
 )
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
-_TILE, _THREADS = 128, 256  # TILE of resize_normalize.cu; threads of a block
+FILTERS = {"bilinear": 0, "bicubic": 1, "nearest": 2}  # Filter of resize_normalize.cu
+VARIANTS = {  # of resize_normalize.cu: BAND, and how it is compiled; benchmarks/bench_kernel.py compares them
+    "stream": (8, ("-DBAND=8", "-DCHUNK=256", "-DSTREAM=1")),
+    "rows": (8, ("-DBAND=8", "-DCHUNK=256", "-DSTREAM=0")),
+    "tall": (16, ("-DBAND=16", "-DCHUNK=128", "-DSTREAM=1")),
+}
+VARIANT = "stream"  # predicted to be the fastest (benchmarks/NOTES.md), not measured yet
+_THREADS = 256  # of a block
+_WIDE, _UNITS = 4, 1024  # of ycc_to_rgb.cu
 _SHORT = 2048  # items: some 50 µs at most
 _FOLDER = Path(__file__).parent
 
@@ -75,7 +87,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in ("gpuload_resize", "gpuload_resize_literal"):
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        getattr(library, name).argtypes = [pointer, pointer, ctypes.c_int64, *[number] * 5, pointer]
+        getattr(library, name).argtypes = [pointer, pointer, ctypes.c_int64, *[number] * 6, pointer]
     return library
 
 
@@ -90,6 +102,13 @@ def cpu_library() -> ctypes.CDLL | None:
     library.gpuload_jpeg_open.argtypes = [ctypes.c_char_p]
     library.gpuload_jpeg_read.argtypes = [pointer, number]
     library.gpuload_jpeg_stored.argtypes = [pointer, number]
+    return load_ycc(library)
+
+
+def load_ycc(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same library, which holds ycc_cpu.cpp, ready for `run_ycc_cpu`."""
+    library.gpuload_ycc_to_rgb.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.gpuload_ycc_to_rgb.restype = None
     return library
 
 
@@ -106,7 +125,7 @@ def load_tables(path: Path) -> ctypes.CDLL:
         one.gpuload_headers.argtypes = [pointer, pointer, number, pointer]
         one.gpuload_uniform.argtypes = [pointer, number, number, *words, pointer]
         one.gpuload_permute.argtypes = [pointer, number, ctypes.c_uint64, small, small, pointer, small, small, pointer]
-        one.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, pointer, pointer]
+        one.gpuload_windows.argtypes = [pointer, number, pointer, number, small, small, small, pointer, pointer]
         one.gpuload_pointers.argtypes = [pointer, small, number, ctypes.c_uint64, pointer, pointer]
         one.gpuload_views.argtypes = [pointer, number, *[pointer] * 2, number, pointer, *[number] * 2, pointer, number]
         one.gpuload_views.argtypes += [pointer, pointer]
@@ -254,15 +273,16 @@ def run_windows(
     headers: NDArray[np.void],
     size: tuple[int, int],
     scales: NDArray[np.int64] | None,
+    radius: int,
     out: NDArray[np.int64],
 ) -> None:
-    """Fill `out`, i64[N, 4], with the windows of VIEW[M] of HEADER[N] for outputs of `size` (height, width); see
-    `gpuload.images.views.windows`."""
+    """Fill `out`, i64[N, 4], with the windows of VIEW[M] of HEADER[N] for outputs of `size` (height, width) and a
+    filter of `radius`; see `gpuload.images.views.windows`."""
     views, headers = np.ascontiguousarray(views), np.ascontiguousarray(headers)
     scales = None if scales is None else np.ascontiguousarray(scales, np.int64)
     eighths = None if scales is None else scales.ctypes.data
     _for(library, len(views)).gpuload_windows(
-        views.ctypes.data, len(views), headers.ctypes.data, len(headers), *size, eighths, out.ctypes.data
+        views.ctypes.data, len(views), headers.ctypes.data, len(headers), *size, radius, eighths, out.ctypes.data
     )
 
 
@@ -275,7 +295,12 @@ def run_pointers(
 
 
 def run_cpu(
-    library: ctypes.CDLL, rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32], literal: bool = False
+    library: ctypes.CDLL,
+    rows: NDArray[np.void],
+    out: torch.Tensor,
+    affine: NDArray[np.float32],
+    interpolation: str = "bilinear",
+    literal: bool = False,
 ) -> None:
     """Fill `out` on the calling thread.
 
@@ -289,6 +314,7 @@ def run_cpu(
         On the CPU, contiguous or channels-last, float32, float16, bfloat16 or uint8.
     affine : f32[6]
         Scale of three channels, shift of three channels.
+    interpolation : {"bilinear", "bicubic", "nearest"}
     literal : bool
         Run the GPU's source block by block instead of the fast loops.
 
@@ -298,27 +324,29 @@ def run_cpu(
     """
     n, channels, height, width = out.shape
     function = library.gpuload_resize_literal if literal else library.gpuload_resize
-    last = not out.is_contiguous()
-    code = function(
-        rows.ctypes.data, out.data_ptr(), n, _NUMBERS[out.dtype], height, width, channels, last, affine.ctypes.data
-    )
+    last, kinds = not out.is_contiguous(), (_NUMBERS[out.dtype], FILTERS[interpolation])
+    code = function(rows.ctypes.data, out.data_ptr(), n, *kinds, height, width, channels, last, affine.ctypes.data)
     if code:
         raise MemoryError(f"Expected memory for the resize of {n} images, got none.")
 
 
-def output(views: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32]) -> tuple[Any, ...]:
+def output(
+    views: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32], interpolation: str, chooses: bool
+) -> tuple[Any, ...]:
     """A row of OUTPUT: where the pixels of M views go, for `run_fill`.
 
     Parameters
     ----------
     views : VIEW[M]
         Contiguous.
-    out, affine
+    out, affine, interpolation
         As for `run_cpu`.
+    chooses : bool
+        Whether Pillow chooses which pass of bicubic comes first: `gpuload.images.pillow.chooses_first_pass`.
     """
     n, channels, height, width = out.shape
-    last, number = not out.is_contiguous(), _NUMBERS[out.dtype]
-    return views.ctypes.data, n, out.data_ptr(), affine, number, height, width, channels, last, 0
+    last, number, kind = not out.is_contiguous(), _NUMBERS[out.dtype], FILTERS[interpolation]
+    return views.ctypes.data, n, out.data_ptr(), affine, number, height, width, channels, last, kind, chooses, 0
 
 
 def run_fill(
@@ -359,10 +387,17 @@ def run_fill(
     return decoded, left, nanoseconds / 1e9
 
 
-def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float32]) -> None:
+def run_cuda(
+    rows: NDArray[np.void],
+    out: torch.Tensor,
+    affine: NDArray[np.float32],
+    interpolation: str = "bilinear",
+    variant: str = VARIANT,
+) -> None:
     """Fill `out` on torch's current stream of its device; nothing here waits for the device.
 
-    Parameters are those of `run_cpu`, with pixels at addresses of the device. The table goes up through pinned
+    Parameters are those of `run_cpu`, with pixels at addresses of the device; `variant` is one of VARIANTS.
+    The table goes up through pinned
     memory; both its copies belong to torch's allocators, which keep them until the stream has passed. The same holds
     for `out` and the pixels only if they were allocated on that stream or are recorded for it: the caller's part.
     """
@@ -370,8 +405,8 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
     n, channels, height, width = out.shape
     if not out.numel():
         return
-    across, down = -(-width // _TILE) * height, -(-height // _TILE) * width  # blocks of an upright, a turned image
-    grid = (max(across, down) if (rows["orientation"] >= 5).any() else across, min(n, 65535), 1)
+    band, options = VARIANTS[variant]
+    grid = (-(-(max(height, width) if (rows["orientation"] >= 5).any() else height) // band), min(n, 65535), 1)
     plane = height * width
     strides = (channels * plane, plane, width, 1)
     if not out.is_contiguous():
@@ -387,7 +422,36 @@ def run_cuda(rows: NDArray[np.void], out: torch.Tensor, affine: NDArray[np.float
         *affine,
     )
     with cp.cuda.Device(out.device.index), cp.cuda.Stream.from_external(stream):
-        _kernel(cp, f"resize_normalize_{TYPES[out.dtype]}")(grid, (_THREADS, 1, 1), arguments)
+        name = f"resize_normalize_{TYPES[out.dtype]}"
+        defined = (f"-DFILTER={interpolation.upper()}", *options)
+        _kernel(cp, "resize_normalize", name, defined)(grid, (_THREADS, 1, 1), arguments)
+
+
+def run_ycc_cpu(library: ctypes.CDLL, planes: NDArray[np.void]) -> None:
+    """Fill `out` of PLANES[N], in host memory, on the calling thread."""
+    first = _ycc_blocks(planes)
+    library.gpuload_ycc_to_rgb(planes.ctypes.data, first.ctypes.data, len(planes))
+
+
+def run_ycc_cuda(planes: NDArray[np.void], stream: torch.cuda.Stream) -> None:
+    """Fill `out` of PLANES[N], in a device's memory, on a stream; nothing here waits for the device."""
+    first = _ycc_blocks(planes)
+    if not first[-1]:
+        return
+    cp = _cupy()
+    with torch.cuda.stream(stream):
+        both = torch.from_numpy(np.concatenate([planes.view(np.uint8), first.view(np.uint8)])).pin_memory()
+        table = both.to(stream.device, non_blocking=True)
+        grid = (int(min(first[-1], 2**31 - 1)), 1, 1)
+        arguments = (np.uint64(table.data_ptr()), np.uint64(table.data_ptr() + planes.nbytes), np.int64(len(planes)))
+        with cp.cuda.Device(stream.device.index), cp.cuda.Stream.from_external(_Stream(stream)):
+            _kernel(cp, "ycc_to_rgb", "ycc_to_rgb")(grid, (_THREADS, 1, 1), arguments)
+
+
+def _ycc_blocks(planes: NDArray[np.void]) -> NDArray[np.int64]:
+    """Blocks before each image, and of all: i64[N + 1]."""
+    units = planes["height"].astype(np.int64) * -(-planes["width"].astype(np.int64) // _WIDE)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-units // _UNITS))])
 
 
 class _Stream:
@@ -401,9 +465,9 @@ class _Stream:
 
 
 @cache
-def _kernel(cp: Any, name: str) -> Any:
+def _kernel(cp: Any, file: str, name: str, options: tuple[str, ...] = ()) -> Any:
     """cupy.RawKernel: compiles at its first call on each device."""
-    return cp.RawKernel(source("resize_normalize"), name, options=flags.NVRTC)
+    return cp.RawKernel(source(file), name, options=(*flags.NVRTC, *options))
 
 
 def _cupy() -> Any:

@@ -5,6 +5,26 @@
 
 typedef float f4 __attribute__((vector_size(16), may_alias));
 typedef float f4u __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int i4 __attribute__((vector_size(16), may_alias));
+typedef unsigned char b4 __attribute__((vector_size(4), aligned(1), may_alias));
+
+static i4 pixel(const unsigned char* p) {
+#ifdef F16C  // GCC converts byte by byte
+  int bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return (i4)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+#else
+  return __builtin_convertvector(*(const b4*)p, i4);
+#endif
+}
+
+static void put_levels(i4 sums, unsigned char* to) {
+  const i4 low = {0, 0, 0, 0}, high = {255, 255, 255, 255};
+  i4 v = sums >> 22;
+  v = v < low ? low : v > high ? high : v;
+  *(b4*)to = __builtin_convertvector(v, b4);
+}
+
 // line[i] (+)= sum over K rows of w[k] * p[k * pitch + i], for n bytes i.
 template <int K, bool ADD>
 static void blend(const unsigned char* __restrict p, i64 pitch, const float* __restrict w, float* __restrict line, i64 n) {
@@ -130,6 +150,8 @@ static void image(const Row& r, bool turned, const Axis& u, const Axis& v, const
       vertical(p, r.pitch, v.weights + (i64)(y + k) * v.taps, v.taps, line, bytes);
       if (to_luma)
         for (i64 i = 0; i < u.span; ++i) line[i] = luma(line[3 * i], line[3 * i + 1], line[3 * i + 2]);
+      if (to_luma && job.filter == NEAREST)
+        for (i64 i = 0; i < u.span; ++i) line[i] = (float)(int)(line[i] + 0.5f);  // as Pillow's convert("L")
     }
     if (turned) {
       horizontal_any(s.lines, pitch, u, planes, quads + y, aligned, 1);
@@ -143,9 +165,90 @@ static void image(const Row& r, bool turned, const Axis& u, const Axis& v, const
     for (int y = 0; y < u.count; ++y) emit(quads + (i64)y * aligned, v.count, planes, job, s.buffer, out + y * step);
 }
 
+// The first pass of BICUBIC along memory, in Pillow's integers: rows [v.first, v.first + v.span) -> u8[v.span, u.count, 4],
+// four rows at once. Rows are copied, for a pixel's four bytes are read where it has three (or one).
+static void first_across(const Row& r, const Axis& u, const Axis& v, const Scratch& s) {
+  const i64 bytes = (i64)u.span * r.channels, pitch = bytes + 4;
+  for (int y = 0; y < v.span; y += 4) {
+    const int rows = v.span - y < 4 ? v.span - y : 4;
+    for (int k = 0; k < rows; ++k)
+      __builtin_memcpy(s.bytes + k * pitch, row_of(r, v.first + y + k) + (i64)u.first * r.channels, (size_t)bytes);
+    for (int j = 0; j < u.count; ++j) {
+      const unsigned char* p = s.bytes + (i64)(u.lo[j] - u.first) * r.channels;
+      const int* w = u.whole + (i64)j * u.taps;
+      const int half = 1 << 21;
+      i4 a = {half, half, half, half}, b = a, c = a, d = a;
+      for (int k = 0; k < u.taps; ++k, p += r.channels) {
+        a += w[k] * pixel(p), b += w[k] * pixel(p + pitch), c += w[k] * pixel(p + 2 * pitch), d += w[k] * pixel(p + 3 * pitch);
+      }
+      unsigned char* to = s.levels + 4 * ((i64)y * u.count + j);
+      const i64 down = 4 * (i64)u.count;
+      put_levels(a, to);
+      if (rows > 1) put_levels(b, to + down);
+      if (rows > 2) put_levels(c, to + 2 * down);
+      if (rows > 3) put_levels(d, to + 3 * down);
+    }
+  }
+}
+
+// The first pass of BICUBIC down columns of memory: a line of whole levels.
+static void first_down(const unsigned char* p, i64 pitch, const int* w, int taps, float* line, int* sums, i64 n) {
+  for (i64 i = 0; i < n; ++i) sums[i] = 1 << 21;
+  for (int k = 0; k < taps; ++k, p += pitch)
+    for (i64 i = 0; i < n; ++i) sums[i] += w[k] * p[i];
+  for (i64 i = 0; i < n; ++i) {
+    const int v = sums[i] >> 22;
+    line[i] = (float)(v < 0 ? 0 : v > 255 ? 255 : v);
+  }
+}
+
+static void clip(f4* quads, i64 n) {
+  float* v = (float*)quads;
+  for (i64 i = 0; i < 4 * n; ++i) v[i] = v[i] < 0 ? 0 : v[i] > 255 ? 255 : v[i];
+}
+
+// Clips n quads of row y, and writes them or, of a turned image, puts them where `emit` will find them.
+template <typename T>
+static void finish(f4* from, i64 n, int y, bool turned, i64 aligned, f4* quads, int planes, const Job& job, float* buffer,
+                   T* out) {
+  clip(from, n);
+  if (!turned) return emit(from, n, planes, job, buffer, out);
+  for (i64 j = 0; j < n; ++j) quads[j * aligned + y] = from[j];
+}
+
+// One image with BICUBIC, whose first pass rounds: along memory, or down columns of it.
+template <typename T>
+static void image_cubic(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, T* out) {
+  const int planes = r.channels, aligned = (v.count + 3) / 4 * 4;
+  const i64 bytes = (i64)u.span * planes, pitch = bytes + 4;
+  const i64 step = job.channels_last ? (i64)job.channels * job.out_w : job.out_w, down = 4 * (i64)u.count;
+  f4 *quads = (f4*)s.quads, *row = quads + (turned ? (i64)u.count * aligned : 0);
+  const bool along = !stored_down_first(r);
+  if (along) first_across(r, u, v, s);
+  for (int y = 0; y < v.count; ++y) {
+    const float* w = v.weights + (i64)y * v.taps;
+    if (along) {
+      vertical(s.levels + (v.lo[y] - v.first) * down, down, w, v.taps, (float*)row, down);
+    } else if (y % 4 == 0) {
+      for (int k = 0; k < 4 && y + k < v.count; ++k) {
+        const unsigned char* p = row_of(r, v.lo[y + k]) + (i64)u.first * planes;
+        first_down(p, r.pitch, v.whole + (i64)(y + k) * v.taps, v.taps, s.lines + k * pitch, s.sums, bytes);
+      }
+      horizontal_any(s.lines, pitch, u, planes, row, 1, u.count);
+    }
+    finish(row + (along ? 0 : (i64)(y % 4) * u.count), u.count, y, turned, aligned, quads, planes, job, s.buffer, out + y * step);
+  }
+  if (turned)
+    for (int y = 0; y < u.count; ++y) emit(quads + (i64)y * aligned, v.count, planes, job, s.buffer, out + y * step);
+}
+
 static void run(const Row& r, bool turned, const Axis& u, const Axis& v, const Job& job, const Scratch& s, i64 at) {
-  if (job.type == 0) image(r, turned, u, v, job, s, (float*)job.out + at);
-  if (job.type == 1) image(r, turned, u, v, job, s, (Half*)job.out + at);
-  if (job.type == 2) image(r, turned, u, v, job, s, (Bfloat*)job.out + at);
-  if (job.type == 3) image(r, turned, u, v, job, s, (unsigned char*)job.out + at);
+  const auto fill = [&](auto* to) {
+    if (job.filter == BICUBIC) image_cubic(r, turned, u, v, job, s, to + at);
+    else image(r, turned, u, v, job, s, to + at);
+  };
+  if (job.type == 0) fill((float*)job.out);
+  if (job.type == 1) fill((Half*)job.out);
+  if (job.type == 2) fill((Bfloat*)job.out);
+  if (job.type == 3) fill((unsigned char*)job.out);
 }

@@ -15,6 +15,7 @@
 #include "resize_cpu.cpp"
 
 #include <chrono>
+#include <cmath>
 
 #if defined(__LP64__) && (defined(__linux__) || defined(__APPLE__))
 
@@ -36,9 +37,10 @@ struct Output {  // OUTPUT of gpuload/kernels
   int64_t count;  // of them
   char* out;      // T[count, channels, height, width], or channels last
   float affine[6];
-  int32_t type, height, width, channels, channels_last, reserved;
+  int32_t type, height, width, channels, channels_last, filter;
+  int32_t chooses, reserved;  // whether Pillow chooses which pass comes first
 };
-static_assert(sizeof(Output) == 72, "Output and OUTPUT differ");
+static_assert(sizeof(Output) == 80, "Output and OUTPUT differ");
 
 const int64_t KEPT = 32 << 20;  // bytes, as in gpuload/images/decode/cpu.py
 
@@ -88,6 +90,19 @@ Region within(const View& view, const Part& part) {
   return turned ? swapped(r) : r;
 }
 
+// `down_first` of gpuload/images/resize.py.
+bool down_first(const Part& part, const Output& o) {
+  const bool turned = part.orientation >= 5;
+  const int height = turned ? part.whole_w : part.whole_h, width = turned ? part.whole_h : part.whole_w;
+  return o.height < height && height - o.height > 2 * (width - o.width);
+}
+
+// Pillow takes a box as four floats: `rounded` of gpuload/images/resize.py.
+void round_box(View& view) {
+  const float x0 = (float)view.x, y0 = (float)view.y, x1 = (float)(view.x + view.w), y1 = (float)(view.y + view.h);
+  view.x = x0, view.y = y0, view.w = (float)(x1 - x0), view.h = (float)(y1 - y0);
+}
+
 // Decodes the window of `part` to `pixels`; false without memory.
 bool decode(Part& part, Pixels& pixels) {
   const int BLOCK = 32;  // of gpuload/images/decode/libjpeg.py: so much wider a window may become
@@ -105,12 +120,15 @@ int resize_view(const Part& part, const Output& o, int64_t m) {
   memcpy(&view, o.views + m, sizeof view);
   Row row{};
   if (part.status == DECODE) {
+    if (o.filter != BILINEAR) round_box(view);
     const Region r = within(view, part);
+    const double scale = part.eighths / 8.0;
+    const int32_t left = (int32_t)std::lrint(view.x * scale - r.x), top = (int32_t)std::lrint(view.y * scale - r.y);
     row = {(unsigned long long)(size_t)part.out, (i64)part.w * part.channels, r.x, r.y, r.w, r.h,
-           part.h, part.w, part.channels, part.orientation, view.flip, 0};
+           part.h, part.w, part.channels, part.orientation, view.flip, left, top, o.chooses && down_first(part, o)};
   }
   char* to = o.out + m * o.channels * o.height * o.width * bytes_of(o.type);
-  return gpuload_resize(&row, to, 1, o.type, o.height, o.width, o.channels, o.channels_last, o.affine);
+  return gpuload_resize(&row, to, 1, o.type, o.filter, o.height, o.width, o.channels, o.channels_last, o.affine);
 }
 
 struct Lists {  // of each output the views of each image, in chains that end with -1

@@ -38,9 +38,9 @@ struct Span {
   int64_t low, high;
 };
 
-Span span(double start, double length, double outputs, double whole, double scale) {
-  const double margin = scale == 8 ? std::max(1.0, length / outputs) + MARGIN
-                                   : (std::max(1.0, length * scale / 8 / outputs) + MARGIN) * 8 / scale;
+Span span(double start, double length, double outputs, double whole, double scale, double radius) {
+  const double margin = scale == 8 ? radius * std::max(1.0, length / outputs) + MARGIN
+                                   : (radius * std::max(1.0, length * scale / 8 / outputs) + MARGIN) * 8 / scale;
   return {(int64_t)std::max(0.0, std::floor(start - margin)),
           (int64_t)std::min(whole, std::ceil(start + length + margin))};
 }
@@ -71,7 +71,7 @@ struct Row {  // ROW of gpuload.kernels
   uint64_t pixels;
   int64_t pitch;
   Box region;
-  int32_t height, width, channels, orientation, flip, reserved;
+  int32_t height, width, channels, orientation, flip, left, top, down_first;
 };
 
 }  // namespace
@@ -115,7 +115,7 @@ extern "C" int64_t gpuload_views(const unsigned char* headers, int64_t n, const 
   return without;
 }
 
-// ROW[m] of VIEW[m] of PIXELS[n], whose offsets count from `base`. Returns m, or the first view of none of the images.
+// ROW[m] of VIEW[m] of PIXELS[n] for the bilinear filter, whose offsets count from `base`. Returns m, or the first view of none of the images.
 extern "C" int64_t gpuload_rows(const Pixels* pixels, int64_t n, const unsigned char* views, int64_t m, uint64_t base,
                                 Row* rows) {
   for (int64_t k = 0; k < m; ++k) {
@@ -131,7 +131,7 @@ extern "C" int64_t gpuload_rows(const Pixels* pixels, int64_t n, const unsigned 
       r = seen(r, p.orientation, p.height, p.width);
     }
     rows[k] = {base + (uint64_t)p.offset, p.pitch, r, p.height, p.width, p.channels, p.orientation,
-               views[k * VIEW + sizeof image + sizeof r], 0};
+               views[k * VIEW + sizeof image + sizeof r], 0, 0, 0};
   }
   return m;
 }
@@ -149,10 +149,12 @@ extern "C" int64_t gpuload_wrong(const uint64_t* at, const int64_t* size, const 
   return wrong;
 }
 
-// The window of each image that its views together look at. scales: i64[n] in eighths, or none; windows: i64[n, 4], x0,
-// y0, width, height in pixels of each image as it is stored, zeros where it has no view.
+// The window of each image that its views together look at. radius: of the filter, in steps of the output; scales: i64[n]
+// in eighths, or none; windows: i64[n, 4], x0, y0, width, height in pixels of each image as it is stored, zeros where it
+// has no view.
 extern "C" void gpuload_windows(const unsigned char* views, int64_t m, const unsigned char* headers, int64_t n,
-                                int out_height, int out_width, const int64_t* scales, int64_t* windows) {
+                                int out_height, int out_width, int radius, const int64_t* scales,
+                                int64_t* windows) {
   memset(windows, 0, (size_t)n * 4 * sizeof(int64_t));
   for (int64_t k = 0; k < m; ++k) {
     int64_t image;
@@ -166,8 +168,8 @@ extern "C" void gpuload_windows(const unsigned char* views, int64_t m, const uns
     const bool turned = orientation >= 5;
     const Box r = stored(region, orientation, size[0], size[1]);
     const double scale = scales ? (double)scales[image] : 8;
-    const Span x = span(r.x, r.w, turned ? out_height : out_width, size[1], scale);
-    const Span y = span(r.y, r.h, turned ? out_width : out_height, size[0], scale);
+    const Span x = span(r.x, r.w, turned ? out_height : out_width, size[1], scale, radius);
+    const Span y = span(r.y, r.h, turned ? out_width : out_height, size[0], scale, radius);
     int64_t* w = windows + 4 * image;
     if (w[2] <= 0 && w[3] <= 0) {
       w[0] = x.low, w[1] = y.low, w[2] = x.high - x.low, w[3] = y.high - y.low;

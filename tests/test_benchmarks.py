@@ -176,3 +176,14 @@ def test_the_gil_is_measured(settings: Any, case: str) -> None:
     assert found["rows_per_s"] > 0
     assert 0 < found["left"] < 3
     assert 0 < found["steady"] <= 1
+
+
+def test_the_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "kernel.json"
+    toy = "--device cpu --megapixels 0.01 --counts 2 --rounds 1 --seconds 0 --size 16"
+    monkeypatch.setattr(sys, "argv", ["bench_kernel.py", *toy.split(), "--out", str(out)])
+    load("bench_kernel").main()
+    (found,) = json.loads(out.read_text())["groups"].values()
+    names = ["copy", "convert 444", "convert 420", "convert 420, bilinear", "bicubic contiguous", "nearest contiguous"]
+    assert {*names, "bilinear contiguous rows", "bilinear channels-last tall"} <= set(found)
+    assert all(figures["us"] > 0 for figures in found.values())

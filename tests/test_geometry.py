@@ -59,7 +59,10 @@ def test_compiled_rows_are_the_twins(data: st.DataObject) -> None:
     wanted["flip"] = data.draw(st.lists(st.booleans(), min_size=m, max_size=m))
     numbers = data.draw(st.lists(st.floats(0, 500), min_size=4 * m, max_size=4 * m))
     wanted["region"] = np.array(numbers).reshape(m, 4)
-    np.testing.assert_array_equal(resize.rows(ragged, wanted), resize.rows_twin(ragged, wanted))
+    image = Image(8)
+    np.testing.assert_array_equal(
+        resize.rows(ragged, wanted, image, (9, 8)), resize.rows_twin(ragged, wanted, image, (9, 8))
+    )
 
 
 @pytest.mark.parametrize("image", [-1, 2])
@@ -68,4 +71,4 @@ def test_views_of_no_image_are_refused(image: int, rows: object) -> None:
     ragged, wanted = Ragged.of([np.zeros((4, 4, 3), np.uint8)] * 2), np.zeros(2, VIEW)
     wanted["image"] = [1, image]
     with pytest.raises(ValueError, match=f"views of 2 images, got one of image {image}"):
-        rows(ragged, wanted)  # type: ignore[operator]
+        rows(ragged, wanted, Image(8), (8, 8))  # type: ignore[operator]

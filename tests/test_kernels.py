@@ -33,8 +33,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5 + 2**-10, torch.bfloat16: 
 PILLOW = 1.01
 Resize = Callable[[Ragged, np.ndarray, Image, torch.Tensor], None]
 FOLDER = Path(kernels.__file__).parent
+QUICK = ("-O1", "-DGPULOAD_BASELINE")  # to compile: a fifth of the time, where only the GPU's source is looked at
 MISSING = 5  # of the images of `case`
-KERNELS = [f"resize_normalize_{name}" for name in kernels.TYPES.values()]
+KERNELS = {
+    "resize_normalize": [f"resize_normalize_{name}" for name in kernels.TYPES.values()],
+    "ycc_to_rgb": ["ycc_to_rgb"],
+}
 
 
 def ragged_of(images: list[np.ndarray], orientations: list[int]) -> Ragged:
@@ -95,7 +99,8 @@ def resize(request: pytest.FixtureRequest, build: Callable[..., Path]) -> Resize
     library = kernels.load(build(FOLDER / "resize_cpu.cpp", *["-DGPULOAD_BASELINE"] * (request.param == "baseline")))
 
     def run(ragged: Ragged, wanted: np.ndarray, image: Image, out: torch.Tensor) -> None:
-        kernels.run_cpu(library, rows(ragged, wanted), out, affine(image), literal=request.param == "literal")
+        table, how = rows(ragged, wanted, image, out.shape[2:]), request.param == "literal"
+        kernels.run_cpu(library, table, out, affine(image), image.interpolation, how)
 
     return run
 
@@ -112,12 +117,23 @@ def nvrtc() -> ctypes.CDLL:
     pytest.fail("Expected NVRTC to compile the kernels with, got none. Do: pip install nvidia-cuda-nvrtc")
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.cu")), ids=lambda path: path.stem)
-def test_every_source_compiles_for_every_gpu(nvrtc: ctypes.CDLL, path: Path, arch: str) -> None:
+_COMPILED = [(path.stem, arch, ()) for path in FOLDER.glob("*.cu") for arch in ("sm_75", "sm_80", "sm_100", "sm_120")]
+_COMPILED += [("ycc_to_rgb", "sm_90", ())]
+_COMPILED += [
+    ("resize_normalize", "sm_90", (f"-DFILTER={name.upper()}", *kernels.VARIANTS[variant][1]))
+    for name, variant in (
+        *((name, kernels.VARIANT) for name in kernels.FILTERS),
+        ("bilinear", "rows"),
+        ("bilinear", "tall"),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "arch", "more"), sorted(_COMPILED), ids=str)
+def test_every_source_compiles_for_every_gpu(nvrtc: ctypes.CDLL, name: str, arch: str, more: tuple[str, ...]) -> None:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    text, options = kernels.source(path.stem).encode(), [o.encode() for o in (*kernels.flags.NVRTC, f"-arch={arch}")]
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, path.name.encode(), 0, None, None) == 0
+    text, options = kernels.source(name).encode(), [o.encode() for o in (*kernels.flags.NVRTC, f"-arch={arch}", *more)]
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, f"{name}.cu".encode(), 0, None, None) == 0
     status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
@@ -126,7 +142,7 @@ def test_every_source_compiles_for_every_gpu(nvrtc: ctypes.CDLL, path: Path, arc
     nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(program, cubin)
-    assert all(name.encode() in cubin.raw for name in KERNELS)
+    assert all(entry.encode() in cubin.raw for entry in KERNELS[name])
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
@@ -206,14 +222,58 @@ def test_rounding_to_half_is_torchs(resize: Resize, dtype: torch.dtype) -> None:
         assert torch.equal(got, torch.full(got.shape, value).to(dtype)), value
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "nearest"])
+def test_cpu_builds_equal_the_twin_with_every_filter(resize: Resize, interpolation: str, mode: str) -> None:
+    for seed, size in enumerate([(31, 40), (7, 300), (1, 1), (130, 5)]):
+        for dtype in (torch.float32, torch.uint8):
+            options: dict[str, Any] = {"channels_last": seed % 2 == 0, "mode": mode, "interpolation": interpolation}
+            image = Image(size, crop="random", flip=0.5, dtype=dtype, **options)
+            ragged, wanted = case(seed, image)
+            expected, got = empty(len(wanted), image), empty(len(wanted), image, fill=9)
+            resize_twin(ragged, wanted, image, expected)
+            resize(ragged, wanted, image, got)
+            assert (got[missing(wanted)] == 0).all()
+            assert (got.float() - expected.float()).abs().max() <= TOLERANCE[dtype], (seed, size)
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize(("shape", "size"), [((3, 9000, 3), (3, 5)), ((2600, 4, 1), (2, 2)), ((2500, 9, 3), (2, 20))])
+def test_cubic_windows_wider_than_shared_memory(
+    resize: Resize, shape: tuple[int, int, int], size: tuple[int, int], turned: int
+) -> None:
+    image = Image(size, crop="none", interpolation="bicubic")
+    ragged = ragged_of([noise(1, *shape)], [turned])
+    wanted, expected, got = views_of(ragged, image), empty(1, image), empty(1, image)
+    resize_twin(ragged, wanted, image, expected)
+    resize(ragged, wanted, image, got)
+    assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("variant", ["rows", "tall"])
+def test_every_variant_equals_the_twin(build: Callable[..., Path], variant: str) -> None:
+    """The one that is chosen is "literal" above."""
+    library = kernels.load(build(FOLDER / "resize_cpu.cpp", *QUICK, *kernels.VARIANTS[variant][1]))
+    for seed, (size, interpolation) in enumerate(
+        [((31, 40), "bilinear"), ((130, 5), "bilinear"), ((40, 31), "bicubic")]
+    ):
+        image = Image(size, crop="random", flip=0.5, interpolation=interpolation)
+        ragged, wanted = case(seed, image)
+        expected, got = empty(len(wanted), image), empty(len(wanted), image, fill=9)
+        resize_twin(ragged, wanted, image, expected)
+        kernels.run_cpu(library, rows(ragged, wanted, image, size), got, affine(image), interpolation, True)
+        assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
+
+
 Launch = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[np.generic, ...]], None]
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
-    """Puts `launch` (name of the kernel, grid, block, arguments) in the place of CuPy and the GPU."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, launch: Launch, *wanted: str) -> None:
+    """Puts `launch` (name of the kernel, grid, block, arguments) in the place of CuPy and the GPU; the kernel is
+    compiled with the options `wanted`."""
 
     def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Callable[..., None]:
-        assert (code, options) == (kernels.source("resize_normalize"), kernels.flags.NVRTC)
+        assert (code, options) == (kernels.source("resize_normalize"), (*kernels.flags.NVRTC, *wanted))
         return partial(launch, name)
 
     stream = SimpleNamespace(from_external=lambda stream: nullcontext(stream.__cuda_stream__()))
@@ -230,13 +290,13 @@ def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPa
     """The types, the table that is uploaded, the grid."""
     image = Image((7, 300), dtype=torch.float16, channels_last=channels_last)
     ragged, wanted = case(0, image)
-    table_of, out, launches = rows(ragged, wanted), empty(len(wanted), image), []
+    table_of, out, launches = rows(ragged, wanted, image, image.size), empty(len(wanted), image), []
 
     def note(name: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
         launches.append((name, grid, block, arguments, ctypes.string_at(int(arguments[0]), table_of.nbytes)))
 
-    stand_in(monkeypatch, note)
-    kernels.run_cuda(table_of, out, affine(image))
+    stand_in(monkeypatch, note, "-DFILTER=BICUBIC", "-DBAND=16", "-DCHUNK=128", "-DSTREAM=1")
+    kernels.run_cuda(table_of, out, affine(image), "bicubic", "tall")
 
     ((name, grid, block, arguments, table),) = launches
     declared = re.search(r"__global__ void name\((.*?)\)", kernels.source("resize_normalize"), re.DOTALL)
@@ -244,7 +304,11 @@ def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPa
     types = [part.replace("\\", " ").rsplit(None, 1)[0].strip() for part in declared[1].split(",")]
     sizes = {"const Row*": np.uint64, "T*": np.uint64, "i64": np.int64, "int": np.int32, "float": np.float32}
     assert [type(argument) for argument in arguments] == [sizes[name] for name in types]
-    assert (name, grid, block) == ("resize_normalize_f16", (300, len(wanted), 1), (256, 1, 1))  # turned: 300 rows
+    assert (name, grid, block) == (
+        "resize_normalize_f16",
+        (19, len(wanted), 1),
+        (256, 1, 1),
+    )  # turned: 300 rows, 16 a block
     assert table == table_of.tobytes()
     n, c, h, w = out.shape
     strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
@@ -252,12 +316,28 @@ def test_the_launch_passes_what_the_kernel_declares(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
-@pytest.mark.parametrize("dtype", IMAGE_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "interpolation", "variant"),
+    [
+        (torch.float32, "bilinear", "stream"),
+        (torch.float16, "bilinear", "rows"),
+        (torch.bfloat16, "bilinear", "tall"),
+        (torch.uint8, "bicubic", "stream"),
+        (torch.float32, "nearest", "stream"),
+    ],
+    ids=str,
+)
 def test_blocks_of_many_threads_do_what_a_block_of_one_does(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[..., Path], dtype: torch.dtype, order: str
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[..., Path],
+    dtype: torch.dtype,
+    interpolation: str,
+    variant: str,
+    order: str,
 ) -> None:
     """The whole launch but the GPU: 256 threads a block, taken in an order that shows where a barrier is missing."""
-    blocks = ctypes.CDLL(str(build(Path(__file__).parent / "kernel_blocks.cpp")))
+    flags = (f"-DFILTER={interpolation.upper()}", *kernels.VARIANTS[variant][1])
+    blocks = ctypes.CDLL(str(build(Path(__file__).parent / "kernel_blocks.cpp", *QUICK, *flags)))
 
     def launch(name: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.generic, ...]) -> None:
         table, out, count, height, width, channels, *strides = (int(argument) for argument in arguments[:10])
@@ -268,21 +348,25 @@ def test_blocks_of_many_threads_do_what_a_block_of_one_does(
         images = min(grid[1], 5)  # fewer than there are: a block goes on to another image
         assert blocks.launch(name.encode(), grid[0], images, block[0], how, *shape, factors) == 0
 
-    stand_in(monkeypatch, launch)
-    library = kernels.load(build(FOLDER / "resize_cpu.cpp"))
+    stand_in(monkeypatch, launch, *flags)
+    library = kernels.load(build(FOLDER / "resize_cpu.cpp", *QUICK, *kernels.VARIANTS[variant][1]))
     options: dict[str, Any]
     for seed, (size, crop, options) in enumerate(
         [
             ((5, 7), "random", {}),
-            ((1, 140), "random", {"mode": "L", "channels_last": True}),  # two tiles a row
-            ((3, 1), "none", {"channels_last": True}),  # two chunks a tile
+            ((1, 270), "random", {"mode": "L", "channels_last": True}),  # two tiles a row
+            ((20, 1), "none", {"channels_last": True}),  # two bands; windows wider than a tile
         ]
     ):
-        image = Image(size, crop=crop, flip=0.5, dtype=dtype, **options)
+        image = Image(size, crop=crop, flip=0.5, dtype=dtype, interpolation=interpolation, **options)
         ragged, wanted = case(seed, image)
-        table, expected, got = rows(ragged, wanted), empty(len(wanted), image), empty(len(wanted), image, 9)
-        kernels.run_cpu(library, table, expected, affine(image), literal=True)
-        kernels.run_cuda(table, got, affine(image))
+        table, expected, got = (
+            rows(ragged, wanted, image, size),
+            empty(len(wanted), image),
+            empty(len(wanted), image, 9),
+        )
+        kernels.run_cpu(library, table, expected, affine(image), interpolation, True)
+        kernels.run_cuda(table, got, affine(image), interpolation, variant)
         assert torch.equal(got, expected)
 
 
@@ -290,12 +374,14 @@ def test_blocks_of_many_threads_do_what_a_block_of_one_does(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("dtype", IMAGE_DTYPES, ids=str)
-def test_cuda_equals_the_twin(dtype: torch.dtype, mode: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_cuda_equals_the_twin(interpolation: str, dtype: torch.dtype, mode: str, channels_last: bool) -> None:
     if not torch.cuda.is_available():
         refuse = pytest.fail if os.environ.get("GPULOAD_REQUIRE_GPU") == "1" else pytest.skip
         refuse("no CUDA device: the same source runs through g++ in test_cpu_builds_equal_the_twin")
     for seed, size in enumerate([(31, 40), (7, 300), (1, 1), (130, 5)]):
-        image = Image(size, crop="random", flip=0.5, dtype=dtype, mode=mode, channels_last=channels_last)
+        options: dict[str, Any] = {"channels_last": channels_last, "interpolation": interpolation}
+        image = Image(size, crop="random", flip=0.5, dtype=dtype, mode=mode, **options)
         ragged, wanted = case(seed, image)
         expected = empty(len(wanted), image)
         resize_twin(ragged, wanted, image, expected)

@@ -207,7 +207,8 @@ class _Work:
             each = [libjpeg.scales(o.views, len(self._headers), o.image.shape[1:]) for o in self._outputs]  # type: ignore[index]
             scales = np.max(each, axis=0)
         for output in self._outputs:
-            found = views.windows(output.views, self._headers, output.image.shape[1:], scales)  # type: ignore[index]
+            size, radius = output.image.shape[1:], output.image.radius  # type: ignore[index]
+            found = views.windows(output.views, self._headers, size, scales, radius)
             bounds = found if bounds is None else views.union(bounds, found)
         return bounds, scales
 

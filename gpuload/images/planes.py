@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.images import view_at
 
 PLANES = np.dtype(  # struct Planes of kernels/ycc_to_rgb.cu
@@ -54,8 +55,12 @@ def ycc_to_rgb(planes: NDArray[np.void], stream: torch.cuda.Stream | None) -> No
     """
     planes = np.ascontiguousarray(planes)
     _check(planes)
-    assert stream is None, "the kernel is on its way"
-    ycc_to_rgb_twin(planes)
+    if stream is not None:
+        kernels.run_ycc_cuda(planes, stream)
+    elif (library := kernels.cpu_library()) is not None:
+        kernels.run_ycc_cpu(library, planes)
+    else:
+        ycc_to_rgb_twin(planes)
 
 
 def ycc_to_rgb_twin(planes: NDArray[np.void]) -> None:
@@ -102,7 +107,7 @@ def _interpolated(plane: NDArray[np.uint8], h: int, v: int, height: int, width: 
     i, j = x // h, y // v  # the nearest sample
     beside = np.clip(i - 1 + 2 * (x & 1), 0, columns - 1)  # the next nearest: left of even x, right of odd x
     below = np.clip(j - 1 + 2 * (y & 1), 0, rows - 1)  # above even y, below odd y
-    samples: Any = plane.astype(np.int32)
+    samples = plane.astype(np.int32)
     found: NDArray[np.int32] = samples[j][:, i]
     if (h, v) == (2, 1) and columns > 2:
         found = (3 * samples[:, i] + samples[:, beside] + 1 + (x & 1)) >> 2

@@ -4,19 +4,27 @@ Three implementations of one definition: `kernels/resize_normalize.cu` on CUDA; 
 (`kernels/resize_cpu.cpp`) where the package was installed with a compiler; and `resize_twin` in torch, which the
 other two are tested against and which works everywhere.
 
-The definition: Pillow's ``resize((W, H), BILINEAR, box=region)`` without the rounding in between. A triangle of
-half-width ``max(1, scale)`` source pixels, cut at the image's edge (not at the region's), its weights divided by
-their sum. Then the mirror, then ``value * scale + shift`` per channel; uint8 rounds to the nearest and clamps.
+The definition is Pillow's ``resize((W, H), filter, box=region)``. Then the mirror, then ``value * scale + shift`` per
+channel; uint8 rounds to the nearest and clamps.
+
+- Bilinear: without the rounding in between. A triangle of half-width ``max(1, scale)`` source pixels, cut at the
+  image's edge (not at the region's), its weights divided by their sum.
+- Bicubic: Keys' cubic (a = -0.5), twice as wide. First along the axis that Pillow takes first, in its integers, rounded
+  and clipped to 0..255; then along the other, clipped but not rounded.
+- Nearest: the pixel in which the output's centre lies.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
-from gpuload.images import VIEW, Ragged
+from gpuload.images import VIEW, Ragged, pillow
 from gpuload.images.transform import Image
 from gpuload.images.views import to_seen, to_stored
 
@@ -33,7 +41,7 @@ def resize_normalize(ragged: Ragged, views: NDArray[np.void], image: Image, out:
     views : VIEW[M]
         Regions in pixels of the whole, oriented images.
     image : Image
-        For its mode, dtype, mean and std; the size is that of `out`.
+        For its mode, dtype, filter, mean and std; the size is that of `out`.
     out : Tensor[M, C, H, W]
         Written; on ``ragged.arena.device``, contiguous or channels-last, of dtype ``image.dtype``. May be a slice
         of a batch: threads may fill disjoint slices at once.
@@ -45,9 +53,10 @@ def resize_normalize(ragged: Ragged, views: NDArray[np.void], image: Image, out:
     """
     _check(ragged, views, image, out)
     if out.is_cuda:
-        kernels.run_cuda(rows(ragged, views), out, affine(image))
+        kernels.run_cuda(rows(ragged, views, image, out.shape[2:]), out, affine(image), image.interpolation)
     elif (library := kernels.cpu_library()) is not None:
-        kernels.run_cpu(library, rows(ragged, views), out, affine(image))
+        table = rows(ragged, views, image, out.shape[2:])
+        kernels.run_cpu(library, table, out, affine(image), image.interpolation)
     else:
         resize_twin(ragged, views, image, out)
 
@@ -67,23 +76,64 @@ def resize_twin(ragged: Ragged, views: NDArray[np.void], image: Image, out: torc
     (height, width), device = out.shape[2:], out.device
     scale, shift = (torch.tensor(v, device=device).view(-1, 1, 1) for v in image.scale_shift())
     _check_images(views, len(ragged))
-    regions = within(ragged.table[views["image"]], views["region"])
+    filtered = {"bilinear": _bilinear, "bicubic": _bicubic, "nearest": _nearest}[image.interpolation]
+    table = rows_twin(ragged, views, image, (height, width))
     for m, i in enumerate(views["image"].tolist()):
         if not ragged.table["height"][i]:
             out[m] = 0
             continue
-        pixels = _oriented(ragged, i)  # u8[h, w, c]
-        x0, y0, w, h = (float(v) for v in regions[m])
-        top, down = _weights(y0, h, height, pixels.shape[0], device)
-        left, across = _weights(x0, w, width, pixels.shape[1], device)
-        seen = pixels[top : top + down.shape[1], left : left + across.shape[1]].movedim(2, 0).float()
-        if image.channels == 1 and len(seen) == 3:
-            seen = (seen * torch.tensor(LUMA, device=device).view(3, 1, 1)).sum(0, keepdim=True) / 65536
-        values = down @ seen @ across.T  # f32[c, H, W]
+        pixels = _oriented(ragged, i).movedim(2, 0)  # u8[c, h, w]
+        to_luma = image.channels == 1 and len(pixels) == 3
+        if to_luma and image.interpolation != "bilinear":
+            pixels = _luma(pixels)
+        values = filtered(pixels, table[m], (height, width))  # f32[c, H, W]
+        if to_luma and image.interpolation == "bilinear":
+            values = (values * torch.tensor(LUMA, device=device).view(3, 1, 1)).sum(0, keepdim=True) / 65536
         if views["flip"][m]:
             values = values.flip(2)
         values = values * scale + shift  # one channel becomes three here
         out[m] = (values + 0.5).floor().clamp(0, 255) if out.dtype == torch.uint8 else values
+
+
+def _bilinear(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Tensor:
+    """f32[c, H, W] of u8[c, h, w]: the region of a ROW."""
+    x0, y0, w, h = row["region"].tolist()
+    top, down = _weights(y0, h, size[0], pixels.shape[1], 1)
+    left, across = _weights(x0, w, size[1], pixels.shape[2], 1)
+    seen = pixels[:, top : top + down.shape[1], left : left + across.shape[1]].float()
+    first, second = (torch.from_numpy(weights.astype(np.float32)).to(pixels.device) for weights in (down, across))
+    return first @ seen @ second.T
+
+
+def _bicubic(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Tensor:
+    """f32[c, H, W] of u8[c, h, w]: the region of a ROW, whole numbers after the first pass."""
+    x0, y0, w, h = row["region"].tolist()
+    top, down = _weights(y0, h, size[0], pixels.shape[1], 2)
+    left, across = _weights(x0, w, size[1], pixels.shape[2], 2)
+    seen = pixels[:, top : top + down.shape[1], left : left + across.shape[1]].double()
+    if row["down_first"]:
+        seen, down, across = seen.mT, across, down
+    whole = np.trunc(across * 2**22 + np.copysign(0.5, across))  # Pillow's weights; their sums are exact in double
+    first = (seen @ torch.from_numpy(whole).to(pixels.device).T / 2**22 + 0.5).floor().clamp(0, 255)
+    second: torch.Tensor = torch.from_numpy(down.astype(np.float32)).to(pixels.device)
+    values = torch.clamp(second @ first.float(), 0, 255)
+    return values.mT if row["down_first"] else values
+
+
+def _nearest(pixels: torch.Tensor, row: Any, size: tuple[int, int]) -> torch.Tensor:
+    """f32[c, H, W] of u8[c, h, w]: the region of a ROW."""
+    x0, y0, w, h = row["region"].tolist()
+    places = []
+    for start, extent, count, origin, whole in (
+        (y0, h, size[0], int(row["top"]), pixels.shape[1]),
+        (x0, w, size[1], int(row["left"]), pixels.shape[2]),
+    ):
+        steps = np.full(count, extent / count)
+        steps[0] = start + origin + steps[0] * 0.5
+        at = np.add.accumulate(steps)  # Pillow adds up, too, and its rounding decides where a centre lies between two
+        places.append(torch.from_numpy(np.clip(np.nan_to_num(np.floor(at)) - origin, 0, whole - 1).astype(np.int64)))
+    down, across = (place.to(pixels.device) for place in places)
+    return pixels[:, down][:, :, across].float()
 
 
 def within(table: NDArray[np.void], regions: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -145,8 +195,7 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     if flip:
         pixels = pixels.flip(2)
     if to_luma:
-        luma = (pixels.int() * torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)).sum(0, keepdim=True)
-        pixels = (luma + 32768) >> 16
+        pixels = _luma(pixels)
     if plain and not out.is_cuda:
         out.numpy()[...] = pixels.numpy()  # on this thread alone, and faster than torch's
         return out
@@ -156,32 +205,55 @@ def native(ragged: Ragged, i: int, flip: bool, image: Image) -> torch.Tensor:
     return out.copy_(pixels * scale + shift)
 
 
-def rows(ragged: Ragged, views: NDArray[np.void]) -> NDArray[np.void]:
-    """The kernels' table, ROW[M].
+def rows(ragged: Ragged, views: NDArray[np.void], image: Image, size: Sequence[int]) -> NDArray[np.void]:
+    """The kernels' table, ROW[M], for the filter of `image` and outputs of `size` (height, width).
 
     Raises
     ------
     ValueError
         A view is of none of the images.
     """
-    library, found = kernels.tables_library(), np.empty(len(views), kernels.ROW)
-    if library is None:
-        return rows_twin(ragged, views)
+    library = kernels.tables_library()
+    if library is None or image.interpolation != "bilinear":
+        return rows_twin(ragged, views, image, size)
+    found = np.empty(len(views), kernels.ROW)
     made = kernels.run_rows(library, ragged.table, views, ragged.arena.data_ptr(), found)
     if made < len(views):
         raise ValueError(f"Expected views of {len(ragged)} images, got one of image {views['image'][made]}.")
     return found
 
 
-def rows_twin(ragged: Ragged, views: NDArray[np.void]) -> NDArray[np.void]:
-    """`rows` in NumPy, for where nothing could be compiled."""
+def rows_twin(ragged: Ragged, views: NDArray[np.void], image: Image, size: Sequence[int]) -> NDArray[np.void]:
+    """`rows` in NumPy: for where nothing could be compiled, and for the filters that need more than the region."""
     _check_images(views, len(ragged))
     found, table = np.zeros(len(views), kernels.ROW), ragged.table[views["image"]]
     found["pixels"] = table["offset"] + ragged.arena.data_ptr()
     for name in ("pitch", "height", "width", "channels", "orientation"):
         found[name] = table[name]
-    found["region"], found["flip"] = within(table, views["region"]), views["flip"]
+    regions = views["region"] if image.interpolation == "bilinear" else rounded(views["region"])
+    found["region"], found["flip"] = within(table, regions), views["flip"]
+    if image.interpolation == "nearest":
+        corners = regions[:, :2] * table["scale"][:, None] - found["region"][:, :2]
+        found["left"], found["top"] = np.rint(np.nan_to_num(corners)).T
+    if image.interpolation == "bicubic" and pillow.chooses_first_pass():
+        found["down_first"] = down_first(table, size)
     return found
+
+
+def down_first(table: NDArray[np.void], size: Sequence[int]) -> NDArray[np.bool_]:
+    """bool[M]: for which images, PIXELS[M], Pillow resizes down columns first; by their whole size alone."""
+    turned = table["orientation"] >= 5
+    heights = np.where(turned, table["whole_width"], table["whole_height"])
+    widths = np.where(turned, table["whole_height"], table["whole_width"])
+    found: NDArray[np.bool_] = (size[0] < heights) & (heights - size[0] > 2 * (widths - size[1]))
+    return found
+
+
+def rounded(regions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Regions f64[M, 4] as Pillow takes a box (x0, y0, x1, y1): as four floats."""
+    low = regions[:, :2].astype(np.float32)
+    high = (regions[:, :2] + regions[:, 2:]).astype(np.float32)
+    return np.concatenate([low, high - low], axis=1).astype(np.float64)
 
 
 def affine(image: Image) -> NDArray[np.float32]:
@@ -218,17 +290,29 @@ def _oriented(ragged: Ragged, i: int) -> torch.Tensor:
     return pixels.transpose(0, 1) if orientation >= 5 else pixels
 
 
-def _weights(start: float, extent: float, count: int, size: int, device: torch.device) -> tuple[int, torch.Tensor]:
+def _luma(pixels: torch.Tensor) -> torch.Tensor:
+    """i32[1, h, w] of u8[3, h, w]: exactly Pillow's ``convert("L")``."""
+    factors = torch.tensor(LUMA, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+    return ((pixels.int() * factors).sum(0, keepdim=True, dtype=torch.int32) + 32768) >> 16
+
+
+def _weights(start: float, extent: float, count: int, size: int, radius: int) -> tuple[int, NDArray[np.float64]]:
     """The filter along one axis: `count` outputs over source pixels [start, start + extent) of an axis of `size`.
 
-    Returns the first source pixel any output sees, and f32[count, pixels seen]; rows sum to 1.
+    Returns the first source pixel any output sees, and f64[count, pixels seen]; rows sum to 1. Radius 1 is the
+    triangle, 2 the cubic.
     """
     scale = extent / count
-    support = max(1.0, scale)
+    step = max(1.0, scale)
+    support = radius * step
     centers = start + (np.arange(count) + 0.5) * scale
     first = max(0, int(centers[0] - support + 0.5))
     last = min(size, int(centers[-1] + support + 0.5))
-    at = np.arange(first, max(last, first + 1)) + 0.5
-    weights = np.clip(1 - np.abs(at - centers[:, None]) / support, 0, None)  # f64[count, pixels seen]
-    weights /= weights.sum(axis=1, keepdims=True)
-    return first, torch.from_numpy(weights.astype(np.float32)).to(device)
+    at = np.arange(first, max(last, first + 1))
+    x = np.abs((at - centers[:, None] + 0.5) / step)
+    if radius == 1:
+        weights = np.clip(1 - x, 0, None)
+    else:
+        inner, outer = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+        weights = np.where(x < 1, inner, np.where(x < 2, outer, 0))
+    return first, weights / weights.sum(axis=1, keepdims=True)

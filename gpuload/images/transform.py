@@ -27,7 +27,7 @@ _UNUSED = {crop: tuple(name for name, user in _USED.items() if user != crop) for
 
 @dataclass(frozen=True)
 class Image:
-    """An encoded image becomes ``[C, H, W]`` pixels of one size: crop, antialiased bilinear resize, flip, normalise.
+    """An encoded image becomes ``[C, H, W]`` pixels of one size: crop, antialiased resize, flip, normalise.
 
     Parameters
     ----------
@@ -59,6 +59,9 @@ class Image:
     fast : bool
         On the CPU, halve a JPEG inside its DCT, once or more, while the region stays as large as `size`. Quicker on
         large photos, and not the same pixels; the README has the PSNR.
+    interpolation : {"bilinear", "bicubic", "nearest"}
+        Pillow's filters of these names, within 1.01 of 255 levels of ``resize(size, filter, box=region)``. The first
+        two are antialiased. Bicubic (a = -0.5) rounds and clips to 0..255 between its two passes, as Pillow does.
     views : int
         Regions of each image, drawn independently: the batch is ``[B, views, C, H, W]`` from two on. The image is read
         and decoded once, as far as their bounding rectangle needs.
@@ -83,6 +86,7 @@ class Image:
     channels_last: bool = False
     orient: bool = True
     fast: bool = False
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     views: int = 1
     augment: tuple[Callable[[torch.Tensor, Any], torch.Tensor], ...] = ()
 
@@ -99,6 +103,8 @@ class Image:
         _interval("ratio", self.ratio)
         share = 0 <= self.flip <= 1 and not isinstance(self.flip, bool)
         expect(share, "Image(flip=...) as a probability in [0, 1]", self.flip)
+        good = self.interpolation in ("bilinear", "bicubic", "nearest")
+        expect(good, 'Image(interpolation="bilinear"|"bicubic"|"nearest")', self.interpolation)
         for name in ("channels_last", "orient", "fast"):
             expect(isinstance(getattr(self, name), bool), f"Image({name}=...) as True or False", getattr(self, name))
         self._expect_used()
@@ -135,6 +141,11 @@ class Image:
     @property
     def channels(self) -> int:
         return 3 if self.mode == "RGB" else 1
+
+    @property
+    def radius(self) -> int:
+        """How far the filter reaches from an output's centre: in steps of the output, at least as many pixels."""
+        return 2 if self.interpolation == "bicubic" else 1
 
     @property
     def shape(self) -> tuple[int, int, int] | None:

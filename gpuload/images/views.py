@@ -141,7 +141,11 @@ def _drawn(image: Image, draws: Draws, stream: str) -> _F64:
 
 
 def windows(
-    views: NDArray[np.void], headers: NDArray[np.void], size: tuple[int, int], scales: NDArray[np.int64] | None = None
+    views: NDArray[np.void],
+    headers: NDArray[np.void],
+    size: tuple[int, int],
+    scales: NDArray[np.int64] | None = None,
+    radius: int = 1,
 ) -> NDArray[np.int64]:
     """What of each image has to be decoded so that its views can be resized.
 
@@ -153,6 +157,8 @@ def windows(
         Output height and width, pixels.
     scales : i64[N], optional
         Eighths: at which scale each image will be decoded; margins are as wide as that scale needs.
+    radius : int
+        Of the filter, in steps of the output, at least as many pixels: `Image.radius`.
 
     Returns
     -------
@@ -164,14 +170,18 @@ def windows(
         raise ValueError(f"Expected VIEW[M] and HEADER[N], got {views.dtype} and {headers.dtype}.")
     library = kernels.tables_library()
     if library is None:
-        return windows_twin(views, headers, size, scales)
+        return windows_twin(views, headers, size, scales, radius)
     found = np.empty((len(headers), 4), np.int64)
-    kernels.run_windows(library, views, headers, size, scales, found)
+    kernels.run_windows(library, views, headers, size, scales, radius, found)
     return found
 
 
 def windows_twin(
-    views: NDArray[np.void], headers: NDArray[np.void], size: tuple[int, int], scales: NDArray[np.int64] | None = None
+    views: NDArray[np.void],
+    headers: NDArray[np.void],
+    size: tuple[int, int],
+    scales: NDArray[np.int64] | None = None,
+    radius: int = 1,
 ) -> NDArray[np.int64]:
     """`windows` in NumPy, for where nothing could be compiled."""
     heights, widths, turns = headers["height"], headers["width"], headers["orientation"]
@@ -185,9 +195,10 @@ def windows_twin(
     for axis, whole in enumerate((widths, heights)):
         outputs = np.where(turns >= 5, size[axis], size[1 - axis])
         if scales is None:
-            margin = np.maximum(1, region[:, 2 + axis] / outputs) + _MARGIN
+            margin = radius * np.maximum(1, region[:, 2 + axis] / outputs) + _MARGIN
         else:
-            margin = (np.maximum(1, region[:, 2 + axis] * scales / 8 / outputs) + _MARGIN) * 8 / scales
+            wide = radius * np.maximum(1, region[:, 2 + axis] * scales / 8 / outputs)
+            margin = (wide + _MARGIN) * 8 / scales
         low = np.maximum(0, np.floor(region[:, axis] - margin))
         corners.append((low, np.minimum(whole, np.ceil(region[:, axis] + region[:, 2 + axis] + margin))))
     for axis, (low, high) in enumerate(corners):

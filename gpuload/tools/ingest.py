@@ -259,7 +259,7 @@ def write(
                 progress=_Noted(claim),
                 transaction_properties={_SOURCE: source, _RUN: run.id},
             )
-        except BaseException:
+        except BaseException as error:
             if not _committed(_opened(uri), run):  # a signal may have come behind the commit
                 remove_unborn(uri) if fresh else remove_leftovers(uri, run)
             if "storage version" in str(error):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.errors import DecodeError
-from gpuload.images import VIEW, Encoded, Ragged, resize
+from gpuload.images import VIEW, Encoded, Ragged, pillow, resize
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.host import plain
 from gpuload.images.transform import Image
@@ -35,7 +35,7 @@ class Target:
     views : VIEW[M]
         Of the slice's images alone, counted as in the batch; in any order.
     image : Image
-        For its mode, dtype, mean and std; the size is that of `out`.
+        For its mode, dtype, filter, mean and std; the size is that of `out`.
     out : Tensor[M, C, H, W]
         On the CPU, contiguous or channels-last, of dtype ``image.dtype``; written.
     """
@@ -111,7 +111,7 @@ class Line:
         The views of what cannot be decoded, and of images of height 0, become zeros.
         """
         parts = self._parts[lo:hi]
-        rows = [kernels.output(t.views, t.out, resize.affine(t.image)) for t in targets]
+        rows = [_row(target) for target in targets]
         decoded, left, resized = kernels.run_fill(self._library, parts, lo, np.array(rows, kernels.OUTPUT))
         if decoded:
             self._count("libjpeg-turbo", decoded)
@@ -132,6 +132,13 @@ class Line:
                     resize.resize_normalize(ragged, wanted, target.image, target.out[start:stop])
             resized = time.perf_counter() - began
         return Filled({int(left[i]): error for i, error in ragged.errors.items()}, resized)
+
+
+def _row(target: Target) -> tuple[Any, ...]:
+    """A row of OUTPUT."""
+    filtered = target.image.interpolation
+    chooses = filtered == "bicubic" and pillow.chooses_first_pass()
+    return kernels.output(target.views, target.out, resize.affine(target.image), filtered, chooses)  # type: ignore[no-any-return]
 
 
 def available() -> bool:
