@@ -14,14 +14,20 @@ from gpuload.images import HEADER, PIXELS, VIEW, Ragged, resize, sizes, views
 from gpuload.order.draws import Draws
 
 SIDES = st.integers(0, 3000)
-IMAGES = st.builds(
-    Image,
-    st.one_of(st.none(), st.integers(1, 300), st.tuples(st.integers(1, 300), st.integers(1, 300))),
-    crop=st.sampled_from(["none", "center", "random"]),
-    flip=st.sampled_from([0.0, 0.3, 1.0]),
-    crop_ratio=st.floats(0.1, 1.0),
-    scale=st.sampled_from([(0.08, 1.0), (0.9, 1.0), (1.0, 1.0), (0.001, 0.002)]),
-    ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (0.01, 100.0)]),
+SIZE = st.one_of(st.integers(1, 300), st.tuples(st.integers(1, 300), st.integers(1, 300)))
+FLIP = st.sampled_from([0.0, 0.3, 1.0])
+IMAGES = st.one_of(
+    st.builds(Image, st.none(), flip=FLIP),
+    st.builds(Image, SIZE, crop=st.just("none"), flip=FLIP),
+    st.builds(Image, SIZE, crop_ratio=st.floats(0.1, 1.0), flip=FLIP),
+    st.builds(
+        Image,
+        SIZE,
+        crop=st.just("random"),
+        flip=FLIP,
+        scale=st.sampled_from([(0.08, 1.0), (0.9, 1.0), (1.0, 1.0), (0.001, 0.002)]),
+        ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (0.01, 100.0)]),
+    ),
 )
 
 

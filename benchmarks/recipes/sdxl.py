@@ -14,13 +14,12 @@ from run import features, run
 
 from gpuload import Batch, Buckets, Image, LanceDataset, Text
 
-SIZES = [(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640), (640, 1536)]
+UPRIGHT = [(1152, 896), (1216, 832), (1344, 768), (1536, 640)]
+SIZES = [(1024, 1024), *UPRIGHT, *((width, height) for height, width in UPRIGHT)]
 IMAGE = Image("bucket", crop="center", crop_ratio=1.0, mean=0.5, std=0.5)  # pixels in -1..1
 
 
-def dataset(
-    uri: str, batch_size: int, sizes: Any = SIZES, tokenizer: Any = "bytes", **options: Any
-) -> LanceDataset:
+def dataset(uri: str, batch_size: int, sizes: Any = SIZES, tokenizer: Any = "bytes", **options: Any) -> LanceDataset:
     transforms = {"image": IMAGE, "caption": Text(tokenizer, max_length=77, padding="max_length", dropout=0.1)}
     buckets = Buckets(sizes, of="image", height="height", width="width")
     words: dict[str, Any] = {"shuffle": True, "drop_last": True, "on_error": "replace", "buckets": buckets, **options}

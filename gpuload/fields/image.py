@@ -133,7 +133,8 @@ class _Work:
         self._events: list[Any] = []
         self._windows, self._scales = self._plan()
         self._line = None
-        if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
+        pads = any(output.image.crop == "pad" for output in outputs)
+        if self._windows is not None and not pads and type(parts.decoder) is CpuDecoder:  # a subclass has its own way
             self._line = parts.decoder.line(found, table, self._windows, self._scales)
         self.cost, self.room = found.size, room.decoding(table, found.size, self._windows)
         self.size = sum(_bytes(output.wanted, table) for output in outputs)
@@ -233,7 +234,8 @@ class _Work:
         if output.image.shape is not None:
             out = self._room(output)
             with self._parts.resize.timed(), span("gpuload.resize"):
-                resize.resize_normalize(ragged, wanted, output.image, out[part])
+                resized = resize.resize_padded if output.image.crop == "pad" else resize.resize_normalize
+                resized(ragged, wanted, output.image, out[part])
             return
         decoded = ragged.table["height"] > 0
         for i in np.flatnonzero(decoded).tolist():

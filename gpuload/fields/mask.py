@@ -179,14 +179,17 @@ def oriented(labels: NDArray[Any], own: int | None, orientation: int, height: in
 
 
 def nearest(labels: NDArray[Any], region: Any, size: Any) -> NDArray[Any]:
-    """[H, W]: for the centre of every output pixel, the label of the pixel it lies in; `region` is x0, y0, width,
-    height."""
+    """[H, W]: for the centre of every output pixel, the label of the pixel it lies in, 0 outside; `region` is x0, y0,
+    width, height."""
     x0, y0, w, h = (float(v) for v in region)
     height, width = (int(v) for v in size)
     rows = np.floor(y0 + (np.arange(height) + 0.5) * (h / height)).astype(np.intp)
     columns = np.floor(x0 + (np.arange(width) + 0.5) * (w / width)).astype(np.intp)
+    outside = (rows < 0) | (rows >= labels.shape[0]), (columns < 0) | (columns >= labels.shape[1])
     rows, columns = np.clip(rows, 0, labels.shape[0] - 1), np.clip(columns, 0, labels.shape[1] - 1)
     found: NDArray[Any] = labels[rows[:, None], columns]
+    if outside[0].any() or outside[1].any():
+        found[outside[0]], found[:, outside[1]] = 0, 0
     return found
 
 

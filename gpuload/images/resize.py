@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from gpuload import kernels  # type: ignore[attr-defined, unused-ignore]  # mypy cannot follow package-dir
 from gpuload.images import VIEW, Ragged, pillow
 from gpuload.images.transform import Image
-from gpuload.images.views import to_seen, to_stored
+from gpuload.images.views import inner, to_seen, to_stored
 
+PAD = 114  # of 255: the gray around a letterbox
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in 1/65536, as Pillow's convert("L")
 
 
@@ -59,6 +60,35 @@ def resize_normalize(ragged: Ragged, views: NDArray[np.void], image: Image, out:
         kernels.run_cpu(library, table, out, affine(image), image.interpolation)
     else:
         resize_twin(ragged, views, image, out)
+
+
+def resize_padded(ragged: Ragged, views: NDArray[np.void], image: Image, out: torch.Tensor) -> None:
+    """`resize_normalize` for ``crop="pad"``: whole images in the middle of their outputs, gray around them.
+
+    Parameters are those of `resize_normalize`; one launch for each size of what lies in the middle.
+    """
+    table = ragged.table[views["image"]]
+    turned = table["orientation"] >= 5
+    heights = np.where(turned, table["whole_width"], table["whole_height"]).astype(np.int64)
+    widths = np.where(turned, table["whole_height"], table["whole_width"]).astype(np.int64)
+    places = inner(image, heights, widths, views["flip"])
+    scale, shift = image.scale_shift()
+    for channel in range(image.channels):
+        out[:, channel] = PAD * scale[channel] + shift[channel]
+    whole = views.copy()
+    whole["region"] = np.stack([np.zeros(len(table)), np.zeros(len(table)), widths, heights], axis=1)
+    layout = torch.contiguous_format if out.is_contiguous() else torch.channels_last
+    for size in np.unique(places[:, 2:], axis=0).tolist():
+        chosen = np.flatnonzero((places[:, 2:] == size).all(axis=1))
+        made = torch.empty((len(chosen), image.channels, *size), dtype=out.dtype, device=out.device)
+        made = made.contiguous(memory_format=layout)
+        resize_normalize(ragged, whole[chosen], image, made)
+        for k, m in enumerate(chosen.tolist()):
+            if not table["height"][m]:
+                out[m] = 0
+                continue
+            top, left, tall, wide = places[m].tolist()
+            out[m, :, top : top + tall, left : left + wide] = made[k]
 
 
 def implementation(device: torch.device) -> str:

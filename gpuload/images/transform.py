@@ -22,7 +22,8 @@ def _interval(name: str, value: tuple[float, float], upper: float = math.inf) ->
 
 
 _USED = {"crop_ratio": "center", "scale": "random", "ratio": "random"}  # word → the crop that looks at it
-_UNUSED = {crop: tuple(name for name, user in _USED.items() if user != crop) for crop in ("center", "random", "none")}
+_CROPS = ("center", "random", "none", "pad")
+_UNUSED = {crop: tuple(name for name, user in _USED.items() if user != crop) for crop in _CROPS}
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Image:
     size : int, (int, int), "bucket" or None
         Output height and width in pixels; an int means a square. None keeps every image's own size. "bucket" is the
         size that `Buckets` chose for the batch.
-    crop : {"center", "random", "none"}
+    crop : {"center", "random", "none", "pad"}
         The region that fills the output. ``"center"``: the largest centred rectangle of the output's shape, its
         sides times `crop_ratio` ("resize the shorter side to 256, then centre-crop 224" is 224/256 = 0.875).
         ``"random"``: a random-resized crop as torchvision's (area drawn from `scale`, width/height from `ratio`),
-        with sub-pixel edges. ``"none"``: the whole image, stretched to `size`.
+        with sub-pixel edges. ``"none"``: the whole image, stretched to `size`. ``"pad"``: the whole image in its own
+        shape, as large as fits, in the middle of the output; around it gray, 114 of 255 (a letterbox, for evaluation:
+        one call for each size that results).
     crop_ratio : float
         In (0, 1]; used by ``"center"``.
     scale, ratio : (float, float)
@@ -74,7 +77,7 @@ class Image:
     """
 
     size: int | tuple[int, int] | Literal["bucket"] | None
-    crop: Literal["center", "random", "none"] = "center"
+    crop: Literal["center", "random", "none", "pad"] = "center"
     crop_ratio: float = 0.875
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -97,7 +100,7 @@ class Image:
             good = len(size) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in size)
             expect(good, 'Image(size=...) as a positive int, (height, width), "bucket" or None', self.size)
             object.__setattr__(self, "size", size)
-        expect(self.crop in ("center", "random", "none"), 'Image(crop="center"|"random"|"none")', self.crop)
+        expect(self.crop in _CROPS, 'Image(crop="center"|"random"|"none"|"pad")', self.crop)
         expect(0 < self.crop_ratio <= 1, "Image(crop_ratio=...) in (0, 1]", self.crop_ratio)
         _interval("scale", self.scale, 1)
         _interval("ratio", self.ratio)

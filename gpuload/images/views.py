@@ -65,7 +65,7 @@ def views(image: Image, headers: NDArray[np.void], draws: Draws, stream: str = "
         Name of the random numbers; ``""`` for a column's first output.
     """
     library = kernels.tables_library()
-    if library is None or headers.dtype != HEADER:
+    if library is None or headers.dtype != HEADER or image.crop == "pad":
         heights, widths = sizes(headers)
         return of_regions(*regions(image, np.maximum(heights, 1), np.maximum(widths, 1), draws, stream))
     return _native(library, image, headers, draws, stream)
@@ -125,6 +125,8 @@ def regions(
     half = np.full(len(h), 0.5)
     if image.crop == "none" or image.size is None:
         rw, rh, fx, fy = w, h, half, half
+    elif image.crop == "pad":
+        return padded(image, heights, widths, flips), flips
     elif image.crop == "center":
         rw, rh = _fit(image, h, w)
         rw, rh, fx, fy = rw * image.crop_ratio, rh * image.crop_ratio, half, half
@@ -132,6 +134,31 @@ def regions(
         rw, rh, fits = _random_size(image, h, w, drawn[:, 3:])
         fx, fy = np.where(fits, drawn[:, 1], 0.5), np.where(fits, drawn[:, 2], 0.5)
     return np.stack([(w - rw) * fx, (h - rh) * fy, rw, rh], axis=1), flips
+
+
+def inner(
+    image: Image, heights: NDArray[np.int64], widths: NDArray[np.int64], flips: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Where the whole images lie in their outputs for ``crop="pad"``: top, left, height, width, i64[N, 4].
+
+    As large as fits, rounded to pixels, in the middle; what is odd goes below and, before the mirror, to the right.
+    """
+    _, out_h, out_w = image.shape or (0, 1, 1)
+    h, w = np.maximum(heights, 1), np.maximum(widths, 1)
+    scale = np.minimum(out_h / h, out_w / w)
+    tall, wide = (np.clip(np.rint(side * scale), 1, most) for side, most in ((h, out_h), (w, out_w)))
+    top, left = (out_h - tall) // 2, (out_w - wide) // 2
+    left = np.where(flips, out_w - wide - left, left)
+    return np.stack([top, left, tall, wide], axis=1).astype(np.int64)
+
+
+def padded(image: Image, heights: NDArray[np.int64], widths: NDArray[np.int64], flips: NDArray[np.bool_]) -> _F64:
+    """The regions of ``crop="pad"``, larger than the images: f64[N, 4]."""
+    _, out_h, out_w = image.shape or (0, 1, 1)
+    top, left, tall, wide = inner(image, heights, widths, flips).astype(np.float64).T
+    left = np.where(flips, out_w - wide - left, left)  # a region is that before the mirror
+    x, y = np.maximum(widths, 1) / wide, np.maximum(heights, 1) / tall
+    return np.stack([-left * x, -top * y, out_w * x, out_h * y], axis=1)
 
 
 def _drawn(image: Image, draws: Draws, stream: str) -> _F64:
