@@ -95,7 +95,7 @@ def test_large_integers_beside_nulls_stay_exact(store: Store) -> None:
         (pa.list_(pa.uint64(), 2), lambda value: [1, value]),
         (pa.list_(pa.list_(pa.uint64(), 1), 2), lambda value: [[value], [2]]),
     ],
-    ids=str,
+    ids=["plain", "list", "nested"],
 )
 def test_a_number_above_int64_is_an_error_of_its_row(
     kind: pa.DataType, wrap: Callable[[int], Any], store: Store
