@@ -103,6 +103,7 @@ def test_a_command_ends_with_its_status_and_one_line(pictures: Path, tmp: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_commands_end_so_at_any_moment(pictures: Path, tmp: Path) -> None:
     draw = random.Random(0)
     trials = [(draw.choice(["demo", "ingest"]), draw.choice(list(WORDS)), draw.uniform(0, 8)) for _ in range(40)]
@@ -145,6 +146,7 @@ def test_a_cache_goes_with_its_process(large: str, tmp: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_cache_goes_with_its_process_at_any_moment(large: str, tmp: Path) -> None:
     draw = random.Random(0)
     check_cache(large, tmp, [(draw.choice(list(WORDS)), draw.uniform(0, 3)) for _ in range(30)])
@@ -212,10 +214,11 @@ def test_a_daemon_thread_may_iterate_while_the_interpreter_ends(large: str, tmp:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_daemon_thread_may_iterate_whenever_the_interpreter_ends(large: str, tmp: Path) -> None:
     draw = random.Random(0)
     options = ["{}", "{}", "{'cache': True}", "{'to_tensor_fn': None}"]
-    check_daemons(large, tmp, [(draw.uniform(0, 1), draw.choice(options)) for _ in range(40)])
+    check_daemons(large, tmp, [(draw.uniform(0, 1), draw.choice(options)) for _ in range(30)])
 
 
 def test_closing_waits_for_a_thread_that_iterates(large: str) -> None:

@@ -10,10 +10,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from io import TextIOWrapper
 from pathlib import Path
 
-from gpuload import signals
+from gpuload import ending, signals
 
 try:
     import fcntl
@@ -21,17 +20,16 @@ except ImportError:  # no POSIX: nothing is known of others
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX, _OWNER = "gpuload-cache-", "owner"
-_held: dict[str, TextIOWrapper] = {}  # folder → the open file whose lock says that somebody uses it
+_held: dict[str, int] = {}  # folder → the open file whose lock says that somebody uses it
 
 
 def make_folder(where: str | None = None) -> str:
     """A new folder in `where`, or in the system's place for temporary files."""
     _remove_orphans(where or tempfile.gettempdir())
     folder = tempfile.mkdtemp(prefix=_PREFIX, dir=where)
-    owner = open(Path(folder) / _OWNER, "w+", encoding="utf-8")  # noqa: SIM115 - open as long as the folder is used
-    owner.write(os.uname().nodename if fcntl is not None else "")
-    owner.flush()
+    owner = os.open(Path(folder) / _OWNER, os.O_RDWR | os.O_CREAT)  # open as long as the folder is used, forks included
     if fcntl is not None:
+        os.write(owner, os.uname().nodename.encode())
         with contextlib.suppress(OSError):
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not _held:
@@ -42,18 +40,23 @@ def make_folder(where: str | None = None) -> str:
 
 def remove_folder(folder: str) -> None:
     """Take the folder away."""
-    owner = _held.pop(folder, None)
-    for _ in range(10):  # Lance may still be writing to it
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            break
-    if owner is not None:
-        owner.close()
+    with ending.inside():  # a daemon thread whose dataset is collected as the interpreter ends
+        for _ in range(10):  # Lance may still be writing to it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+        owner = _held.pop(folder, None)
+        if owner is not None:
+            os.close(owner)
 
 
 def _remove_all() -> None:
     for folder in list(_held):
         remove_folder(folder)
+
+
+ending.then(_remove_all)
+os.register_at_fork(after_in_child=_held.clear)  # the folders are the parent's
 
 
 def _remove_orphans(where: str) -> None:
