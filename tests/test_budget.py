@@ -23,6 +23,8 @@ from gpuload.images.decode.arena import Slot
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.stages import Budget, Room, ordered_map
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in some tests here
+
 
 def read_ahead(path: str, readahead_bytes: int, **options: Any) -> int:
     """The most batches under way beyond those the loop has taken, with time enough to get further."""

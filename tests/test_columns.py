@@ -20,6 +20,8 @@ from making import jpeg
 from gpuload import LanceDataset, RowError
 from gpuload.fields.numbers import to_tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in some tests here
+
 Store = Callable[..., str]
 BIG = 2**60 + 1  # no float64
 

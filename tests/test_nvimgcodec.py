@@ -35,6 +35,8 @@ from gpuload.images.decode.nvimgcodec import NvImageCodecDecoder
 from gpuload.images.resize import resize_normalize
 from gpuload.order.draws import Draws
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in some tests here
+
 CPU = torch.device("cpu")
 LIMIT = 1_000_000
 DECODERS: dict[str, Callable[..., LaneDecoder]] = {

@@ -26,6 +26,8 @@ from gpuload.errors import ConfigError, DeviceError
 from gpuload.images.decode import libjpeg, libnvjpeg
 from gpuload.images.decode.nvjpeg import NvJpegDecoder, default_share, hosts_share, samplings
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in some tests here
+
 Store = Callable[..., str]
 HOST = "simplejpeg" if libjpeg.library() is None else "libjpeg-turbo"
 ENGINE = ["gray", "4:4:4", "4:2:2", "4:2:0", "4:4:0"]  # what it takes
