@@ -77,9 +77,15 @@ def main(name: str, cases: dict[str, Case], options: dict[str, Any], prepare: Ca
         runs[case].append(run)
     report = _report(name, settings, runs)
     _show(report)
-    out = Path(settings.out or RESULTS / f"{name}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write(Path(settings.out or RESULTS / f"{name}.json"), report)
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
 
 
 def arguments(options: dict[str, Any]) -> Any:
