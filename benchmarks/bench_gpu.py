@@ -28,6 +28,7 @@ from typing import Any
 
 import data
 import harness
+import reports
 import torch
 from gpu_cases import CASES, STAGES, Group
 from gpu_setup import Pass, Setup
@@ -172,10 +173,10 @@ def run(settings: Any, groups: list[Group], console: Console) -> dict[str, Any]:
         if "left_out" in found:
             console.print(f"{case}: left out, {found['left_out']}", markup=False)
         report["groups"][group.name] |= summary(group, runs[group])
-        harness.write(Path(settings.out), report)
+        reports.write(Path(settings.out), report)
     for group in groups:
         report["groups"][group.name] |= summary(group, runs[group])
-    harness.write(Path(settings.out), report)
+    reports.write(Path(settings.out), report)
     return report
 
 

@@ -11,6 +11,7 @@ import torch
 from gpu_setup import MEAN, STD, THREADS, Pass, Setup, on_threads
 
 from gpuload import Encoded
+from gpuload.images import headers
 
 _DALI_THREADS, _DALI_AHEAD = 16, 6  # batches that are under way at once
 
@@ -31,8 +32,8 @@ def dali_pipeline(load: float, region: bool = True) -> Callable[[Setup], Pass]:
         pipe = Pipeline(setup.batch_size, threads, device_id, prefetch_queue_depth=_DALI_AHEAD if cuda else 2)
         hardware: dict[str, Any] = {"device": "mixed" if cuda else "cpu", "output_type": types.RGB}
         if cuda:
-            side = int((setup.megapixels * 1e6) ** 0.5 * 2)
-            hints = {"preallocate_width_hint": max(4096, side), "preallocate_height_hint": max(4096, side)}
+            table = headers.read(Encoded.of(setup.unique))
+            hints = {f"preallocate_{name}_hint": int(table[name].max()) for name in ("width", "height")}
             hardware |= {"hw_decoder_load": load, **hints}
         with pipe:
             ahead = {"read_ahead": True, "prefetch_queue_depth": 2}

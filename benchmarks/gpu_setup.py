@@ -45,10 +45,10 @@ class Setup:
         share = max(1.0, megapixels / 0.2) ** 0.8  # large photos take longer: fewer of them
         self.rows = max(batch_size, int(settings.rows / share) // batch_size * batch_size)
         of = Path(settings.images).name if settings.images else "drawn"
-        count = max(8, int(256 / share))
+        count = min(max(8, int(256 / share)), self.rows)
         self._work = Path(settings.work)
         self._folder = self._made(
-            f"{of}-{megapixels:g}mp", lambda path: _write_photos(settings, megapixels, count, path)
+            f"{of}-{megapixels:g}mp-{count}", lambda path: _write_photos(settings, megapixels, count, path)
         )
         self.unique = [path.read_bytes() for path in sorted(self._folder.iterdir())]
 
@@ -100,7 +100,7 @@ class Setup:
 
 def _write_photos(settings: Any, megapixels: float, count: int, folder: Path) -> None:
     """JPEG files of about so many pixels, made of the photos of --images or of generated pictures."""
-    files = [file for file, _ in data.encoded(settings.images)][:count]
+    files = [file for file, _ in data.encoded(settings.images, count)][:count]
     folder.mkdir()
     with ThreadPoolExecutor(THREADS) as pool:
         large = pool.map(lambda file: _enlarged(file, megapixels), files) if megapixels > 0.2 else files

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
+import reports
 
 
 class Report:
@@ -49,7 +49,7 @@ class Report:
 
     def write(self) -> None:
         self.found["seconds"] = round(time.monotonic() - self.started, 1)
-        harness.write(self.path, self.found)
+        reports.write(self.path, self.found)
 
 
 if __name__ == "__main__":
