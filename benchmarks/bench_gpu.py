@@ -28,12 +28,16 @@ from typing import Any
 
 import data
 import harness
+import numpy as np
 import reports
 import torch
 from gpu_cases import CASES, STAGES, Group
 from gpu_setup import Pass, Setup
 from rich.console import Console
 from rich.table import Table
+
+from gpuload import Encoded
+from gpuload.images import headers
 
 Run = dict[str, Any]  # what a process says: rates and first_s, or why it was left out
 
@@ -141,35 +145,40 @@ def summary(group: Group, runs: dict[tuple[int, str], Run]) -> dict[str, Any]:
     return {"cases": cases, "left_out": left_out}
 
 
-def run(settings: Any, groups: list[Group], console: Console) -> dict[str, Any]:
-    """The stage; the report so far is in the file whenever a process has ended."""
-    started, longest = time.monotonic(), 0.0
+def prepared(settings: Any, groups: list[Group]) -> dict[str, Any]:
+    """The report before anything is measured; makes the data that the cases find on disk."""
+    hidden = ("only", "group", "out", "work", "images")
     report: dict[str, Any] = {"benchmark": "gpu", "stage": settings.stage, "date": datetime.date.today().isoformat()}
-    shown = {
-        key: value for key, value in vars(settings).items() if key not in ("only", "group", "out", "work", "images")
-    }
-    report |= {"commit": commit(), "machine": machine(settings.device), "settings": shown, "groups": {}}
-    runs: dict[Group, dict[tuple[int, str], Run]] = {group: {} for group in groups}
+    report |= {"commit": commit(), "machine": machine(settings.device)}
+    report |= {"settings": {key: value for key, value in vars(settings).items() if key not in hidden}, "groups": {}}
     for group in groups:
         setup = Setup(settings, group.megapixels, group.batch_size)
         setup.lance()
-        pixels = sum(
-            int(t["height"].astype(int) @ t["width"].astype(int)) for _, t in itertools.islice(setup.batches(), 4)
-        )
-        count = min(4, setup.rows // setup.batch_size) * setup.batch_size
-        report["groups"][group.name] = {"rows": setup.rows, "pixels_per_image": pixels // count}
+        table = headers.read(Encoded.of(setup.unique))
+        pixels = table["height"].astype(np.int64) * table["width"]
+        report["groups"][group.name] = {"rows": setup.rows, "pixels_per_image": round(float(pixels.mean()))}
+    return report
+
+
+def run(settings: Any, groups: list[Group], console: Console) -> dict[str, Any]:
+    """The stage; the report so far is in the file whenever a process has ended."""
+    started, longest = time.monotonic(), 0.0
+    report = prepared(settings, groups)
+    runs: dict[Group, dict[tuple[int, str], Run]] = {group: {} for group in groups}
     for k, group, case in planned(groups, settings.rounds):
-        left = settings.limit - (time.monotonic() - started)
         if "left_out" in runs[group].get((0, case), {}):
             continue
-        if left < longest * 1.1:
-            console.print(f"{case}, round {k + 1}: left out, {left:.0f} s are left", markup=False)
-            if k == 0:
-                runs[group][k, case] = {"left_out": "the stage had no time left"}
-            continue
         began = time.monotonic()
-        runs[group][k, case] = found = in_a_process(case, group, min(left, settings.process_limit))
-        longest = max(longest, time.monotonic() - began)
+        left = settings.limit - (began - started)
+        if left > 1.1 * longest:
+            found = in_a_process(case, group, min(left, settings.process_limit))
+            if "rates" in found:  # one that hung says nothing about the others
+                longest = max(longest, time.monotonic() - began)
+        elif k == 0:
+            found = {"left_out": "the stage had no time left"}
+        else:
+            continue
+        runs[group][k, case] = found
         if "left_out" in found:
             console.print(f"{case}: left out, {found['left_out']}", markup=False)
         report["groups"][group.name] |= summary(group, runs[group])
