@@ -259,7 +259,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     packages = tmp_path / "packages"
     packages.mkdir()
     for entry in Path(torch.__file__).parent.parent.iterdir():
-        if not entry.name.startswith(("gpuload", "__editable__", "_distutils_hack")):
+        if not entry.name.startswith(("gpuload", "__editable__")):
             (packages / entry.name).symlink_to(entry)
     (packages / "sitecustomize.py").write_text("import sys; sys.modules['torchvision'] = None")  # a peer is missing
     venv.create(tmp_path / "venv", symlinks=True)
