@@ -22,15 +22,15 @@ CORES = len(os.sched_getaffinity(0))
 _used: set[str] = set()  # paths that were asked for in this process
 
 
-def encoded(folder: str | None) -> list[tuple[bytes, str]]:
-    """(bytes, caption) of each picture: the files of `folder`, or 256 generated JPEGs."""
+def encoded(folder: str | None, count: int = 256) -> list[tuple[bytes, str]]:
+    """(bytes, caption) of each picture: the files of `folder`, or so many generated JPEGs."""
     if folder:
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
         return [(path.read_bytes(), path.stem.partition("_")[2].replace("_", " ") or path.stem) for path in files]
     from gpuload.tools.demo import pictures
 
     found = []
-    for picture, caption in pictures(256, 0):
+    for picture, caption in pictures(count, 0):
         file = io.BytesIO()
         picture.convert("RGB").save(file, "JPEG", quality=90)
         found.append((file.getvalue(), caption))

@@ -1,4 +1,4 @@
-"""The README's figures: benchmarks/results/*.json enter, the text between the markers, cpu.png and scaling.md leave."""
+"""The README's figures: benchmarks/results/*.json enter, the text between the markers and the pictures leave."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ TASKS = {
     "training": "random-resized crop, flip, float32",
 }
 _LIMIT, _OURS, _HAND = "bare loop (the limit)", "gpuload", "one batch by hand"
+_BLUE, _GRAY, _RED, _DARK = "#1f6feb", "#b6bec9", "#cf222e", "#444c56"
+_GROUP, _ENGINE = "0.2 MP, batch 128", "limit: engine"
+_LABELS = {  # on the GPU's picture; what is not here is called as it is in the JSON
+    "dali pipeline 0.65": "DALI's own pipeline, load 0.65",
+    "dali pipeline 0.9": "DALI's own pipeline, load 0.9",
+    "dali pipeline, crops, 0.12": "DALI, decoding crops, load 0.12",
+    "dali pipeline, crops, 0.65": "DALI, decoding crops, load 0.65",
+    "dali pipeline, crops, 0.9": "DALI, decoding crops, load 0.9",
+    "dali pipeline, whole images, 0.9": "DALI, decoding whole images, load 0.9",
+    "lance.torch.data, workers": "lance.torch.data, 14 workers",
+}
 
 
 def load(folder: Path = harness.RESULTS) -> dict[str, dict[str, Any]]:
@@ -128,6 +139,106 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def load_gpu(folder: Path = harness.RESULTS / "gpu") -> dict[str, Any]:
+    """The reports of a GPU as one: cases → figures for photos of 0.2 MP in batches of 128, the GPU, the commits.
+
+    A case that is in several files is taken from the one where it was fastest: what else was measured beside it, in the
+    same process or not, can only have slowed it.
+    """
+    found: dict[str, Any] = {"cases": {}, "gpu": "", "commits": [], "cores": 0}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if report.get("benchmark") != "gpu" or _GROUP not in report["groups"]:
+            continue
+        found |= {"gpu": report["machine"].get("gpu", ""), "cores": report["machine"]["cores"]}
+        found["commits"] = sorted({*found["commits"], report["commit"]})
+        for name, case in report["groups"][_GROUP]["cases"].items():
+            if case["rows_per_s"] > found["cases"].get(name, case)["rows_per_s"] or name not in found["cases"]:
+                found["cases"][name] = case
+    return found
+
+
+def draw_gpu(found: dict[str, Any], path: Path) -> None:
+    """Left a bar a loader, best first, beside the engine's own rate; right a training step, fed and synthetic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = found["cases"]
+    loaders = [name for name in cases if not name.startswith(("limit", "training")) and "shuffle" not in name]
+    loaders.sort(key=lambda name: cases[name]["rows_per_s"])
+    steps = training_steps(cases)
+    height = 0.36 * max(len(loaders), sum(map(len, steps.values()))) + 1.8
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, height), width_ratios=(1.6, 1))
+    rates = {_LABELS.get(name, name): (cases[name], name.startswith(_OURS)) for name in loaders}
+    _bars(left, rates)
+    left.set_title(
+        f"images/s, photos of {_GROUP}".replace("MP, batch", "megapixels, batches of"), fontsize=10.5, loc="left"
+    )
+    if _ENGINE in cases:
+        engine = cases[_ENGINE]["rows_per_s"]
+        left.axvline(engine, color=_RED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        left.text(
+            engine, len(loaders) - 0.55, f"the JPEG engine alone: {engine:,.0f} ", color=_RED, fontsize=8.5, ha="right"
+        )
+        left.set_xlim(0, 1.04 * max(engine, left.get_xlim()[1]))
+    _bars(right, {f"{model}, {how}": (case, how != "synthetic") for model, kinds in reversed(steps.items())
+                  for how, case in reversed(kinds.items())}, _shares(steps))  # fmt: skip
+    rows = max(len(loaders), sum(map(len, steps.values())))  # bars of one thickness in both, from the top
+    for panel in (left, right):
+        top = len(panel.patches) - 0.4
+        panel.set_ylim(top - rows, top)
+    right.set_title("a training step in bfloat16, images/s", fontsize=10.5, loc="left")
+    commits = ", ".join(found["commits"])
+    figure.text(0.01, 0.005, f"{found['gpu']}, {found['cores']} cores; commit {commits}", fontsize=8.5, color=_DARK)
+    figure.tight_layout(w_pad=2, rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.15)
+    plt.close(figure)
+
+
+def training_steps(cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Model → "synthetic", "fed", ... → figures. The first GPU run's cases name no model: it was a ResNet-50."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in cases.items():
+        kind, _, how = name.partition(": ")
+        if kind.startswith("training"):
+            found.setdefault(kind.removeprefix("training").strip() or "ResNet-50", {})[how] = case
+    return found
+
+
+def _shares(steps: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of the rate on synthetic images, in each bar."""
+    found = {}
+    for model, kinds in steps.items():
+        for how, case in kinds.items():
+            if how != "synthetic" and "synthetic" in kinds:
+                share = case["rows_per_s"] / kinds["synthetic"]["rows_per_s"]
+                found[f"{model}, {how}"] = f"{share:.2f} of synthetic"
+    return found
+
+
+def _bars(panel: Any, bars: dict[str, tuple[Any, bool]], more: dict[str, str] | None = None) -> None:
+    """A bar each, the last on top, blue where it is ours; whiskers to the lowest and highest pass."""
+    for at, (name, (case, ours)) in enumerate(bars.items()):
+        rate, low, high = (case[key] for key in ("rows_per_s", "lowest", "highest"))
+        whiskers = {"ecolor": _DARK, "elinewidth": 1, "capsize": 2.5}
+        colour = _BLUE if ours else _GRAY
+        panel.barh(at, rate, color=colour, height=0.72, xerr=[[rate - low], [high - rate]], error_kw=whiskers)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind a number that meets the line
+        place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        panel.annotate(f"{rate:,.0f}", (high, at), (5, 0), bbox=plain, **place)
+        panel.annotate((more or {}).get(name, ""), (0, at), (6, 0), color="white", fontweight="bold", **place)
+    if bars:
+        panel.set_xlim(0, 1.18 * max(case["highest"] for case, _ in bars.values()))
+    panel.set_yticks(range(len(bars)), list(bars), fontsize=9.5)
+    for text, (_, ours) in zip(panel.get_yticklabels(), bars.values(), strict=True):
+        text.set_fontweight("bold" if ours else "normal")
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
 def scaling(report: dict[str, Any]) -> str:
     """A table of the corners and what limits each."""
     cores, rows = report["machine"]["cores"], report["settings"]["rows"]
@@ -155,6 +266,8 @@ def main() -> None:
     write_readme(reports)
     try:
         draw(reports, harness.RESULTS / "cpu.png")
+        if (seen := load_gpu())["cases"]:
+            draw_gpu(seen, harness.RESULTS / "gpu.png")
     except ImportError as error:
         print(f"picture left out, {error.name} is not installed: pip install -e '.[bench]'")
 

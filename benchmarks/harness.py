@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import data
+import reports
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,8 +37,9 @@ Job = Callable[[], Iterable[int]]
 Case = Callable[[Any], Job]
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
-    "gpuload", "torch", "pylance", "pyarrow", "numpy", "pillow", "simplejpeg", "tokenizers", "lancedb",
-    "nvidia-dali-cuda130", "spdl", "webdataset", "mosaicml-streaming", "datasets", "grain",
+    "gpuload", "torch", "torchvision", "pylance", "pyarrow", "numpy", "pillow", "simplejpeg", "tokenizers", "lancedb",
+    "cupy-cuda13x", "nvidia-nvjpeg", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "spdl", "webdataset",
+    "mosaicml-streaming", "datasets", "grain",
 )  # fmt: skip
 
 
@@ -77,9 +79,7 @@ def main(name: str, cases: dict[str, Case], options: dict[str, Any], prepare: Ca
         runs[case].append(run)
     report = _report(name, settings, runs)
     _show(report)
-    out = Path(settings.out or RESULTS / f"{name}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(Path(settings.out or RESULTS / f"{name}.json"), report)
 
 
 def arguments(options: dict[str, Any]) -> Any:
