@@ -156,9 +156,10 @@ class Pipeline:
 
     def run(self, reads: Iterable[Read]) -> Iterator[Batch]:
         """Batches in the order of `reads`. Closing the generator ends every thread."""
-        least = self._ahead_bytes // 4  # for decoding, also where batches would take all
-        self._budget = budget = Budget(reads, self._ahead_bytes - least, self._ahead)
-        self._room = Room(lambda: max(least, self._ahead_bytes - budget.taken()))
+        most = self._ahead_bytes
+        least = most // 4  # for decoding, also where batches would take all
+        self._budget = budget = Budget(reads, most - least, self._ahead)
+        self._room = Room(lambda: max(least, most - budget.taken()))  # without `self`: that would be a cycle
         drafts = ordered_map(
             self._prepare,
             budget,
