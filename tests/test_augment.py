@@ -397,3 +397,27 @@ def test_the_rectangle_of_each_row_is_its_own() -> None:
     boxes = np.array([[0, 0, 2, 2], [1, 1, 1, 3]])
     where = erase.inside(boxes, torch.zeros(2, 3, 4, 5))
     assert where.sum((1, 2, 3)).tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_row_has_the_same_bits_in_a_batch_of_its_own(photos: str, name: str, mode: Any) -> None:
+    """Of one channel too, where a convolution over a single plane rounds in another way."""
+    image = Image(24, augment=(EVERY[name],), mode=mode)
+    alone, together = (rows_of(photos, image, size, device="cpu") for size in (1, 6))
+    assert all(torch.equal(alone[row], together[row]) for row in together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_masked_row_is_zeros_whatever_the_augmentations_made_of_it(
+    tmp_path: Path, views: int, dtype: torch.dtype, device: str
+) -> None:
+    files = [encode(picture(20, 20), "PNG"), b"no image", None, encode(picture(20, 20), "JPEG")[:60]]
+    lance.write_dataset(pa.table({"image": pa.array(files, pa.binary())}), str(tmp_path / "x"))
+    more = {} if dtype == torch.uint8 else {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    image = Image(16, views=views, augment=(lambda images, draws: 1 - images,), dtype=dtype, **more)
+    with LanceDataset(str(tmp_path / "x"), 4, transforms={"image": image}, on_error="mask", device=device) as dataset:
+        (batch,) = dataset
+    assert batch.valid.tolist() == [True, False, False, False]
+    assert batch["image"].cpu().reshape(4, -1).bool().any(dim=1).tolist() == [True, False, False, False]

@@ -88,7 +88,10 @@ class ImageField:
             for column, image, first in zip(self.columns, images, self._firsts, strict=True)
         ]
         seen, turned = np.stack(sizes(table), axis=1), table["orientation"]
-        geometry = {o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size) for o in outputs}  # type: ignore[arg-type]
+        geometry = {
+            o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size, o.image.orient)  # type: ignore[arg-type]
+            for o in outputs
+        }
         fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
         work = _Work(found, table, outputs, self._parts)
         return Taken(fails=fails, work=work, read=read, refused=len(errors), geometry=geometry)
@@ -129,6 +132,7 @@ class _Work:
         self._headers, self._outputs, self._parts = table, outputs, parts
         self._lock, self._left = threading.Lock(), len(found)
         self._events: list[Any] = []
+        self._failed: set[int] = set(np.flatnonzero(table["height"] == 0).tolist())
         self._windows, self._scales = self._plan()
         self._line = None
         if self._windows is not None and type(parts.decoder) is CpuDecoder:  # a subclass decodes in its own way
@@ -147,6 +151,7 @@ class _Work:
             self._left -= hi - lo
             last = not self._left
             self._events.append(event)
+            self._failed.update(i for i, _, _ in fails)
         if last:
             self._encoded = self._line = None  # the encoded bytes may go, while the batch waits to be taken
             if any(output.wanted.augment for output in self._outputs):
@@ -163,7 +168,15 @@ class _Work:
                 if output.wanted.augment:
                     streams.keep({output.name: output.made})
                     output.made = augment.finish(output.made, output.wanted, output.draws)
+                    self._blank(output)
             return streams.mark()
+
+    def _blank(self, output: _Output) -> None:
+        """Zeros where there is no image, whatever the augmentations made of them."""
+        if self._failed:
+            count = output.image.views
+            rows = torch.tensor(sorted(self._failed))[:, None] * count + torch.arange(count)
+            output.made.index_fill_(0, rows.reshape(-1).to(output.made.device, non_blocking=True), 0)
 
     def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
         assert self._encoded is not None
