@@ -421,3 +421,32 @@ def test_a_masked_row_is_zeros_whatever_the_augmentations_made_of_it(
         (batch,) = dataset
     assert batch.valid.tolist() == [True, False, False, False]
     assert batch["image"].cpu().reshape(4, -1).bool().any(dim=1).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint16(), pa.uint32(), pa.int8(), pa.int64()], ids=str)
+def test_labels_are_integers_of_any_kind(tmp_path: Path, kind: pa.DataType, device: str) -> None:
+    files = [encode(picture(9, 9), "PNG")] * 4
+    lance.write_dataset(pa.table({"image": files, "label": pa.array([0, 3, 1, 2], kind)}), str(tmp_path / "x"))
+    words: Any = {"transforms": {"image": Image(8)}, "after": [MixUp(0.8, "label", 4, p=0.0)], "device": device}
+    with LanceDataset(str(tmp_path / "x"), 4, **words) as dataset:
+        (batch,) = dataset
+    assert batch["label"].argmax(dim=1).tolist() == [0, 3, 1, 2]
+
+
+def test_a_label_of_a_row_that_is_not_valid_is_no_error(tmp_path: Path) -> None:
+    """Such as -1 where there is no picture: it is a row of zeros."""
+    files = [encode(picture(9, 9), "PNG"), b"no image", encode(picture(9, 9), "PNG")]
+    lance.write_dataset(pa.table({"image": files, "label": [0, -1, 2]}), str(tmp_path / "x"))
+    after = [MixUp(0.8, "label", 3), CutMix(1.0, "label", 3)]
+    words: Any = {"transforms": {"image": Image(8)}, "after": after, "device": "cpu"}
+    (batch,) = LanceDataset(str(tmp_path / "x"), 3, on_error="mask", **words)
+    assert torch.allclose(batch["label"].sum(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(ConfigError, match="Expected labels from 0 to 1 in 'label', got 2"):
+        list(LanceDataset(str(tmp_path / "x"), 3, on_error="mask", **{**words, "after": [MixUp(0.8, "label", 2)]}))
+
+
+def test_bytes_that_are_erased_are_rounded_and_clipped(photos: str) -> None:
+    image = Image(16, dtype=torch.uint8, augment=(RandomErasing(1.0, value=(300.0, -4.0, 6.6)),))
+    for pixels in rows_of(photos, image, 8, device="cpu").values():
+        erased = (pixels[0] == 255) & (pixels[1] == 0) & (pixels[2] == 7)
+        assert erased.sum() >= 4

@@ -264,6 +264,13 @@ def test_broken_images_are_in_the_first_bucket_and_bad_rows(tmp_path: Path) -> N
     assert shapes == {(24, 8): ([0, 4], [True, True]), (8, 24): ([1, 2, 3, 5], [False, False, False, True])}
 
 
+def test_a_column_that_is_none_of_images_is_refused(tmp_path: Path) -> None:
+    lance.write_dataset(pa.table({"image": [jpeg(30, 10)], "label": [1], "name": ["a"]}), str(tmp_path / "x"))
+    for name in ("label", "name"):
+        with pytest.raises(ConfigError, match=f"Expected a column of encoded images for Buckets, got '{name}'"):
+            len(LanceDataset(str(tmp_path / "x"), 1, buckets=Buckets([(8, 8)], of=name), device="cpu"))
+
+
 @settings(deadline=None, max_examples=8)
 @given(
     legs=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 1)), max_size=3), last=st.integers(1, 4),

@@ -29,6 +29,7 @@ from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, r
 from gpuload.images.decode import libjpeg
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
+from gpuload.images.encoded import is_encoded
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws, Named
 from gpuload.tables import Selection
@@ -269,18 +270,6 @@ def _form(image: Image) -> str:
         return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
     shape = (*(image.views,) * (image.views > 1), *image.shape)
     return f"{dtype}[B, {', '.join(map(str, shape))}]" + (" channels_last" if image.channels_last else "")
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def is_encoded(kind: pa.DataType) -> bool:
-    """Whether an Arrow type can hold files: a binary one, or struct<bytes, ...>."""
-    kind = storage_type(kind)
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
-    return _is_binary(kind)
 
 
 def is_image(field: pa.Field, known: Known) -> bool:

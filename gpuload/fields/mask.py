@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError, DecodeError, expect
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
-from gpuload.fields.image import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
+from gpuload.images.encoded import is_encoded
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
