@@ -41,6 +41,7 @@ from gpuload.tables.cache import make_folder, remove_folder
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.mix import Mix, MixTable
+from gpuload.tables.versions import OneVersion
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -464,7 +465,7 @@ class LanceDataset(IterableDataset[Batch]):
         options, place = self._options, self._place()
         with ending.inside():
             if self._source is None or any(each.due(place[1]) for each in self._versions.values()):
-                opened = {name: each.open(*place) for name, each in self._versions.items()}
+                opened = {name: _opened(name, each, place) for name, each in self._versions.items()}
                 if self._source is None or any(int(opened[name].version) != n for name, n in self._read.items()):
                     self._source, self._columns = options.open(opened), []
                     self._read = {name: int(each.version) for name, each in opened.items()}
@@ -530,6 +531,16 @@ class LanceDataset(IterableDataset[Batch]):
         except BaseException:
             remove()
             raise
+
+
+def _opened(name: str, each: OneVersion, place: tuple[int, int]) -> Any:
+    """The ``lance.LanceDataset`` of a source; an error says which one it is of a mix."""
+    try:
+        return each.open(*place)
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(f"In source {name!r}: {error}") from error
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:

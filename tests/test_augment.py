@@ -397,3 +397,56 @@ def test_the_rectangle_of_each_row_is_its_own() -> None:
     boxes = np.array([[0, 0, 2, 2], [1, 1, 1, 3]])
     where = erase.inside(boxes, torch.zeros(2, 3, 4, 5))
     assert where.sum((1, 2, 3)).tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_row_has_the_same_bits_in_a_batch_of_its_own(photos: str, name: str, mode: Any) -> None:
+    """Of one channel too, where a convolution over a single plane rounds in another way."""
+    image = Image(24, augment=(EVERY[name],), mode=mode)
+    alone, together = (rows_of(photos, image, size, device="cpu") for size in (1, 6))
+    assert all(torch.equal(alone[row], together[row]) for row in together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_masked_row_is_zeros_whatever_the_augmentations_made_of_it(
+    tmp_path: Path, views: int, dtype: torch.dtype, device: str
+) -> None:
+    files = [encode(picture(20, 20), "PNG"), b"no image", None, encode(picture(20, 20), "JPEG")[:60]]
+    lance.write_dataset(pa.table({"image": pa.array(files, pa.binary())}), str(tmp_path / "x"))
+    more = {} if dtype == torch.uint8 else {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    image = Image(16, views=views, augment=(lambda images, draws: 1 - images,), dtype=dtype, **more)
+    with LanceDataset(str(tmp_path / "x"), 4, transforms={"image": image}, on_error="mask", device=device) as dataset:
+        (batch,) = dataset
+    assert batch.valid.tolist() == [True, False, False, False]
+    assert batch["image"].cpu().reshape(4, -1).bool().any(dim=1).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint16(), pa.uint32(), pa.int8(), pa.int64()], ids=str)
+def test_labels_are_integers_of_any_kind(tmp_path: Path, kind: pa.DataType, device: str) -> None:
+    files = [encode(picture(9, 9), "PNG")] * 4
+    lance.write_dataset(pa.table({"image": files, "label": pa.array([0, 3, 1, 2], kind)}), str(tmp_path / "x"))
+    words: Any = {"transforms": {"image": Image(8)}, "after": [MixUp(0.8, "label", 4, p=0.0)], "device": device}
+    with LanceDataset(str(tmp_path / "x"), 4, **words) as dataset:
+        (batch,) = dataset
+    assert batch["label"].argmax(dim=1).tolist() == [0, 3, 1, 2]
+
+
+def test_a_label_of_a_row_that_is_not_valid_is_no_error(tmp_path: Path) -> None:
+    """Such as -1 where there is no picture: it is a row of zeros."""
+    files = [encode(picture(9, 9), "PNG"), b"no image", encode(picture(9, 9), "PNG")]
+    lance.write_dataset(pa.table({"image": files, "label": [0, -1, 2]}), str(tmp_path / "x"))
+    after = [MixUp(0.8, "label", 3), CutMix(1.0, "label", 3)]
+    words: Any = {"transforms": {"image": Image(8)}, "after": after, "device": "cpu"}
+    (batch,) = LanceDataset(str(tmp_path / "x"), 3, on_error="mask", **words)
+    assert torch.allclose(batch["label"].sum(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(ConfigError, match="Expected labels from 0 to 1 in 'label', got 2"):
+        list(LanceDataset(str(tmp_path / "x"), 3, on_error="mask", **{**words, "after": [MixUp(0.8, "label", 2)]}))
+
+
+def test_bytes_that_are_erased_are_rounded_and_clipped(photos: str) -> None:
+    image = Image(16, dtype=torch.uint8, augment=(RandomErasing(1.0, value=(300.0, -4.0, 6.6)),))
+    for pixels in rows_of(photos, image, 8, device="cpu").values():
+        erased = (pixels[0] == 255) & (pixels[1] == 0) & (pixels[2] == 7)
+        assert erased.sum() >= 4

@@ -193,3 +193,21 @@ def test_a_picture_that_is_broken_takes_its_boxes_along(tmp_path: Path) -> None:
     (batch,) = LanceDataset(uri, 3, transforms=transforms, device="cpu", on_error="skip")
     assert batch.rows.tolist() == [0, 2]
     assert [row.tolist() for row in batch["boxes"]] == [[[1, 2, 30, 40]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "box"),
+    [
+        (pa.int64(), [-(2**63), 2**60 + 1, 2**62, 2**63 - 1]),
+        (pa.uint64(), [0, 0, 2**64 - 1, 2**63]),
+        (pa.float64(), [-1.7e308, -1.7e308, 1.7e308, 1.7e308]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("format", ["xyxy", "xywh", "cxcywh"])
+def test_the_largest_numbers_are_clipped(tmp_path: Path, kind: pa.DataType, box: list[Any], format: Any) -> None:
+    """No error of Arrow's about a whole batch, and no warning."""
+    uri = written(tmp_path, [[box], [[0, 0, 4, 4]]], [encode(picture(20, 20), "PNG")] * 2, pa.list_(pa.list_(kind)))
+    transforms = {"image": Image(10), "boxes": Boxes("image", format=format)}
+    (batch,) = LanceDataset(uri, 2, transforms=transforms, device="cpu")
+    assert all(torch.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= 10).all() for boxes in batch["boxes"])

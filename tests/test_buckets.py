@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from making import by_row, encode, jpeg, picture
 from support_samplers import chain, real_ids
 
-from gpuload import Buckets, ConfigError, Image, LanceDataset, Mix, ShuffleSampler, StateError
+from gpuload import BadRowWarning, Buckets, ConfigError, Image, LanceDataset, Mix, ShuffleSampler, StateError
 from gpuload.order import Rows
 from gpuload.order.buckets import Assigned, ByBucket
 from gpuload.order.orders import InTurn
@@ -259,8 +259,16 @@ def test_broken_images_are_in_the_first_bucket_and_bad_rows(tmp_path: Path) -> N
     dataset = LanceDataset(
         str(tmp_path / "x"), 8, buckets=buckets, on_error="mask", transforms={"image": Image("bucket")}
     )
-    shapes = {tuple(b["image"].shape[2:]): (b.rows.tolist(), b.valid.tolist()) for b in dataset}
+    with pytest.warns(BadRowWarning, match="row 1, column `image`"):
+        shapes = {tuple(b["image"].shape[2:]): (b.rows.tolist(), b.valid.tolist()) for b in dataset}
     assert shapes == {(24, 8): ([0, 4], [True, True]), (8, 24): ([1, 2, 3, 5], [False, False, False, True])}
+
+
+def test_a_column_that_is_none_of_images_is_refused(tmp_path: Path) -> None:
+    lance.write_dataset(pa.table({"image": [jpeg(30, 10)], "label": [1], "name": ["a"]}), str(tmp_path / "x"))
+    for name in ("label", "name"):
+        with pytest.raises(ConfigError, match=f"Expected a column of encoded images for Buckets, got '{name}'"):
+            len(LanceDataset(str(tmp_path / "x"), 1, buckets=Buckets([(8, 8)], of=name), device="cpu"))
 
 
 @settings(deadline=None, max_examples=8)

@@ -19,7 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_samplers import EVERY, RANDOM, python, real_ids, write
 
-from gpuload import Image, LanceDataset, ShardedBatchSampler, ShardedFragmentSampler, ShuffleSampler, StateError
+from gpuload import (
+    ConfigError,
+    Image,
+    LanceDataset,
+    ShardedBatchSampler,
+    ShardedFragmentSampler,
+    ShuffleSampler,
+    StateError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +383,7 @@ def test_a_state_of_version_0_1_0_goes_on(rows: Any, name: str) -> None:
 
 @pytest.mark.parametrize("saved", [None, [], "state", 3])
 def test_what_is_no_state_is_refused(rows: Any, saved: Any) -> None:
-    with pytest.raises(StateError, match=r"Expected a state_dict\(\) of gpuload.LanceDataset, got "):
+    with pytest.raises(ConfigError, match=r"Expected a state_dict\(\) of gpuload.LanceDataset, got "):
         shuffled(rows).load_state_dict(saved)
 
 

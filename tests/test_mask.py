@@ -149,3 +149,23 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         list(LanceDataset(uri, 1, transforms={"mask": Mask("mask")}, device="cpu"))
     with pytest.raises(ConfigError, match="Mask"):
         Mask("")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_an_image_that_is_left_as_it_lies_leaves_its_mask_so(tmp_path: Path, orientation: int) -> None:
+    labels = regions(30, 40, 1)
+    images = [encode(picture(30, 40, 0), "PNG", orientation)] * 2
+    uri = written(tmp_path, images, [file(labels, "L", orientation), file(labels, "L")])
+    for image in (Image(None, orient=False), Image((30, 40), crop="none", orient=False)):
+        (batch,) = LanceDataset(uri, 2, transforms={"image": image, "mask": Mask("image")}, device="cpu")
+        assert (batch["mask"].numpy() == labels).all()
+
+
+def test_a_mask_of_one_pixel_is_one(tmp_path: Path) -> None:
+    """It is no sign of a missing mask, beside others of other sizes either."""
+    sizes = [(1, 1), (3, 5), (3, 5)]
+    images = [encode(picture(*size), "PNG") for size in sizes]
+    masks: list[bytes | None] = [file(np.full(size, 7), "L") for size in sizes]
+    transforms = {"image": Image(None), "mask": Mask("image")}
+    (batch,) = LanceDataset(written(tmp_path, images, masks), 3, transforms=transforms, device="cpu")
+    assert [mask.tolist() for mask in batch["mask"]] == [np.full(size, 7).tolist() for size in sizes]

@@ -409,6 +409,16 @@ def test_words_that_a_mix_decides_are_refused(stores: dict[str, str], options: A
         LanceDataset(of(stores, "web", "own"), 4, **options)
 
 
+def test_options_of_the_dataset_are_those_of_sources_without_their_own(stores: dict[str, str]) -> None:
+    """As an opened dataset has its own, they are for the others; with none that takes them they are refused."""
+    options = {"storage_options": {"key": "value"}}
+    half = Mix({"web": stores["web"], "own": lance.dataset(stores["own"])})
+    assert len(list(LanceDataset(half, 4, dataset_options=options)))
+    opened = Mix({name: lance.dataset(stores[name]) for name in ("web", "own")})
+    with pytest.raises(ConfigError, match="beside a URI or a path"):
+        LanceDataset(opened, 4, dataset_options=options)
+
+
 def test_a_source_that_is_not_there_or_has_no_rows_is_named(stores: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"In source 'gone'|no such folder"):
         LanceDataset(Mix({"web": stores["web"], "gone": "/no/such.lance"}), 4)

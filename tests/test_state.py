@@ -82,6 +82,7 @@ def test_every_sampler_goes_on_where_it_was(rows: Any, kind: str, options: dict[
         assert all(same(a, b) for a, b in zip(list(other), expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer fragments than there are ranks")
 @settings(deadline=None, max_examples=25)
 @given(
     kind=st.sampled_from(sorted(SHARDED)),

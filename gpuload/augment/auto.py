@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import conv2d, grid_sample
+from torch.nn.functional import grid_sample
 
 from gpuload.augment import colour
-from gpuload.augment.rows import Draws, Floats, below, change
+from gpuload.augment.rows import Draws, Floats, below, change, filtered
 from gpuload.errors import expect
 
 _Space = dict[str, tuple[Floats | None, bool]]  # operation → its magnitudes by bin, and whether their sign is drawn
@@ -139,15 +139,15 @@ def _apply(
 
 def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Towards or away from a 3 x 3 blur; the border stays."""
-    channels, height, width = images.shape[1:]
+    m, channels, height, width = images.shape
     if height <= 2 or width <= 2:
         return images
     weight = torch.full((3, 3), 1 / 13, device=images.device)
     weight[1, 1] = 5 / 13
-    blurred = conv2d(images, weight.expand(channels, 1, 3, 3), groups=channels)
+    blurred = filtered(images.reshape(-1, height, width), weight.expand(m * channels, 3, 3))
     found = images.clone(memory_format=torch.contiguous_format)
     inner = found[:, :, 1:-1, 1:-1]
-    inner.add_((blurred - inner) * (1 - factor))
+    inner.add_((blurred.view_as(inner) - inner) * (1 - factor))
     return found.clamp_(0, 1)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
-from gpuload.augment.rows import Draws, between, change, happens, interval, probability
+from gpuload.augment.rows import Draws, between, change, filtered, happens, interval, probability
 from gpuload.errors import expect
 
 
@@ -59,11 +59,10 @@ def blur(images: torch.Tensor, across: int, down: int, sigma: torch.Tensor) -> t
     """Each image with its own `sigma`, f32[M, 1, 1, 1]: one dimension after the other."""
     m, channels, height, width = images.shape
     padded = pad(images, [across // 2, across // 2, down // 2, down // 2], mode="reflect")
-    planes = padded.reshape(1, m * channels, *padded.shape[2:])
+    planes = padded.reshape(m * channels, *padded.shape[2:])
     for size, axis in ((across, 3), (down, 2)):
         weight = kernel(size, sigma.view(-1, 1)).repeat_interleave(channels, 0)  # f32[M * C, size]
-        shape = (m * channels, 1, 1, size) if axis == 3 else (m * channels, 1, size, 1)
-        planes = conv2d(planes, weight.view(shape), groups=m * channels)
+        planes = filtered(planes, weight[:, None, :] if axis == 3 else weight[:, :, None])
     return planes.view(m, channels, height, width)
 
 

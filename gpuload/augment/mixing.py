@@ -58,7 +58,7 @@ class _Mixing:
         own = np.where(mixed, own, 1.0)
         mixes = {name: self._mix(batch[name], partner, own, draws) for name in names}
         _, share = mixes[names[0]]
-        batch[self.labels] = _blend(self._soft(batch[self.labels]), partner, share)
+        batch[self.labels] = _blend(self._soft(batch[self.labels], batch.valid), partner, share)
         batch.update({name: images for name, (images, _) in mixes.items()})
         return batch
 
@@ -78,18 +78,20 @@ class _Mixing:
             raise ConfigError(f"Expected a column of floating images of one size for {name}, got {batch!r}.")
         return found
 
-    def _soft(self, labels: Any) -> torch.Tensor:
-        """f32[B, classes] of i64[B]; a label outside is an error on the CPU, and a row of NaN on a GPU, which nobody
-        waits for."""
+    def _soft(self, labels: Any, valid: torch.Tensor) -> torch.Tensor:
+        """f32[B, classes] of integers [B]; a label outside is an error on the CPU, and a row of NaN on a GPU, which
+        nobody waits for; where the row is not valid, bool[B], it is a row of zeros."""
         if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.shape[1:] == (self.classes,):
             return labels
         if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
             raise ConfigError(f"Expected labels as class numbers i64[B] in {self.labels!r}, got {labels!r}.")
-        outside = (labels < 0) | (labels >= self.classes)
+        labels = labels.long()  # torch cannot compare all unsigned integers
+        valid = valid.to(labels.device, non_blocking=True)
+        outside = valid & ((labels < 0) | (labels >= self.classes))
         if labels.device.type == "cpu" and bool(outside.any()):
             got = int(labels[outside][0])
             raise ConfigError(f"Expected labels from 0 to {self.classes - 1} in {self.labels!r}, got {got}.")
-        one_hot = (labels[:, None] == torch.arange(self.classes, device=labels.device)).float()
+        one_hot: torch.Tensor = (labels[:, None] == torch.arange(self.classes, device=labels.device)).float()
         return one_hot.masked_fill_(outside[:, None], math.nan)
 
 

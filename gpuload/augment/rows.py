@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import conv2d
 
 from gpuload.errors import expect
 
@@ -72,3 +73,15 @@ def change(
         return
     index = torch.from_numpy(np.ascontiguousarray(rows, np.int64)).to(images.device, non_blocking=True)
     images.index_copy_(0, index, function(images.index_select(0, index), *mine))
+
+
+def filtered(planes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each plane of f32[P, H, W] under its own weights, f32[P, h, w], where these lie wholly inside it.
+
+    A library takes another algorithm, with other rounding, where there is a single plane: there are two then, so that
+    an image's pixels are the same in a batch of its own.
+    """
+    count = len(planes)
+    if count == 1:
+        planes, weight = planes.expand(2, -1, -1), weight.expand(2, -1, -1)
+    return conv2d(planes[None], weight[:, None], groups=len(planes))[0, :count]

@@ -78,6 +78,8 @@ class Geometry:
         EXIF, 1 to 8: what is applied to each stored image.
     size : (int, int) or None
         Height and width of the output; None where every image keeps its own.
+    orient : bool
+        Whether the orientation of files is applied at all.
     """
 
     views: NDArray[np.void]
@@ -85,6 +87,7 @@ class Geometry:
     sizes: NDArray[np.int64]
     orientation: NDArray[np.uint8]
     size: tuple[int, int] | None
+    orient: bool = True
 
     @property
     def regions(self) -> NDArray[np.float64]:

@@ -143,7 +143,8 @@ def read(column: pa.ChunkedArray) -> tuple[_F64, NDArray[np.int64], NDArray[np.b
         wrong.setdefault(int(row[k]), f"Expected boxes of 4 numbers, got one of {got}")
     if wrong:
         inner, row = inner.filter(pa.array(lengths == 4)), row[lengths == 4]
-    flat = pc.list_flatten(inner).cast(pa.float64()).to_numpy(zero_copy_only=False)  # nulls become NaN
+    # nulls become NaN; unsafe, as a number of more than 53 bits is rounded and no error
+    flat = pc.list_flatten(inner).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     boxes = flat.reshape(-1, 4)
     finite = np.isfinite(boxes).all(axis=1)
     for k in np.flatnonzero(~finite).tolist():
@@ -179,8 +180,9 @@ def moved(
     low, extent = region[..., :2], region[..., 2:]
     size = extent if seen.size is None else np.array(seen.size[::-1], np.float64)  # width, height of the output
     scale = size / extent
-    corners = _corners(boxes, format)[:, None]  # f64[T, 1, 4]
-    first, last = (corners[..., :2] - low) * scale, (corners[..., 2:] - low) * scale
+    with np.errstate(over="ignore"):  # infinite, and clipped below
+        corners = _corners(boxes, format)[:, None]  # f64[T, 1, 4]
+        first, last = (corners[..., :2] - low) * scale, (corners[..., 2:] - low) * scale
     width = np.broadcast_to(size, first.shape)[..., 0]
     mirrored = views["flip"]
     left = np.where(mirrored, width - last[..., 0], first[..., 0])

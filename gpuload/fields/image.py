@@ -29,6 +29,7 @@ from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, r
 from gpuload.images.decode import libjpeg, room
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.line import Target
+from gpuload.images.encoded import is_encoded
 from gpuload.images.transform import Image
 from gpuload.order.draws import Draws, Named
 from gpuload.tables import Selection
@@ -88,7 +89,10 @@ class ImageField:
             for column, image, first in zip(self.columns, images, self._firsts, strict=True)
         ]
         seen, turned = np.stack(sizes(table), axis=1), table["orientation"]
-        geometry = {o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size) for o in outputs}  # type: ignore[arg-type]
+        geometry = {
+            o.name: Geometry(o.views, o.image.views, seen, turned, o.image.size, o.image.orient)  # type: ignore[arg-type]
+            for o in outputs
+        }
         fails: Fails = [(i, output.name, error) for output in outputs for i, error in errors.items()]
         work = _Work(found, table, outputs, self._parts)
         return Taken(fails=fails, work=work, read=read, refused=len(errors), geometry=geometry)
@@ -131,6 +135,7 @@ class _Work:
         self._headers, self._outputs, self._parts = table, outputs, parts
         self._lock, self._left = threading.Lock(), len(found)
         self._events: list[Any] = []
+        self._failed: set[int] = set(np.flatnonzero(table["height"] == 0).tolist())
         self._windows, self._scales = self._plan()
         self._line = None
         pads = any(output.image.crop == "pad" for output in outputs)
@@ -151,6 +156,7 @@ class _Work:
             self._left -= hi - lo
             last = not self._left
             self._events.append(event)
+            self._failed.update(i for i, _, _ in fails)
         if last:
             self._encoded = self._line = None  # the encoded bytes may go, while the batch waits to be taken
             if any(output.wanted.augment for output in self._outputs):
@@ -167,7 +173,15 @@ class _Work:
                 if output.wanted.augment:
                     streams.keep({output.name: output.made})
                     output.made = augment.finish(output.made, output.wanted, output.draws)
+                    self._blank(output)
             return streams.mark()
+
+    def _blank(self, output: _Output) -> None:
+        """Zeros where there is no image, whatever the augmentations made of them."""
+        if self._failed:
+            count = output.image.views
+            rows = torch.tensor(sorted(self._failed))[:, None] * count + torch.arange(count)
+            output.made.index_fill_(0, rows.reshape(-1).to(output.made.device, non_blocking=True), 0)
 
     def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
         assert self._encoded is not None
@@ -280,18 +294,6 @@ def _form(image: Image) -> str:
         return f"{dtype}[B, {image.channels}, H, W], a list where sizes differ"
     shape = (*(image.views,) * (image.views > 1), *image.shape)
     return f"{dtype}[B, {', '.join(map(str, shape))}]" + (" channels_last" if image.channels_last else "")
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def is_encoded(kind: pa.DataType) -> bool:
-    """Whether an Arrow type can hold files: a binary one, or struct<bytes, ...>."""
-    kind = storage_type(kind)
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
-    return _is_binary(kind)
 
 
 def is_image(field: pa.Field, known: Known) -> bool:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError, DecodeError, expect
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
-from gpuload.fields.image import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode import room
+from gpuload.images.encoded import is_encoded
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 
@@ -40,7 +40,7 @@ class Mask:
     It becomes i64[B, H, W] of the image's output size, or i64[B, V, H, W] with V > 1 views; where every image keeps its
     own size, a list of B i64[h, w], stacked where all agree. A mask may be smaller or larger than its image, of the
     same shape. Its own EXIF orientation is applied; without one, that of its image is, unless it has the image's shape
-    only as it lies.
+    only as it lies. With ``Image(orient=False)`` neither is.
     """
 
     of: str
@@ -104,7 +104,7 @@ class _Work:
         self._made: dict[str, Any] = {}
         if seen.size is not None:
             self._made[name] = torch.zeros((len(found), seen.count, *seen.size), dtype=torch.int64)
-        self._own: list[torch.Tensor] = [torch.zeros((1, 1), dtype=torch.int64)] * (0 if self._made else len(found))
+        self._own: list[torch.Tensor | None] = [None] * (0 if self._made else len(found))
         self.cost, self.room = found.size, room.decoding(table, found.size, None)
         self.size = sum(made.nbytes for made in self._made.values())
 
@@ -133,7 +133,7 @@ class _Work:
             return None  # its image could not be read, which says enough
         try:
             labels, orientation = pillow.labels(self._encoded, i, self._headers[i], self._parts.max_pixels)
-            labels = oriented(labels, orientation, int(seen.orientation[i]), height, width)
+            labels = oriented(labels, orientation if seen.orient else None, int(seen.orientation[i]), height, width)
         except DecodeError as error:
             return error
         views = seen.views[i * seen.count : (i + 1) * seen.count]
@@ -193,11 +193,9 @@ def nearest(labels: NDArray[Any], region: Any, size: Any) -> NDArray[Any]:
     return found
 
 
-def _stacked(masks: list[torch.Tensor]) -> Any:
-    shapes = {tuple(mask.shape) for mask in masks if mask.numel() > 1}
-    if len(shapes) > 1:
-        return masks
-    shape = next(iter(shapes), (1, 1))
-    return (
-        torch.stack([mask if tuple(mask.shape) == shape else mask.new_zeros(shape) for mask in masks]) if masks else []
-    )
+def _stacked(masks: list[torch.Tensor | None]) -> Any:
+    """One tensor where all sizes agree, else the list; what could not be read becomes zeros."""
+    shapes = {tuple(mask.shape) for mask in masks if mask is not None}
+    blank = torch.zeros(next(iter(shapes)) if len(shapes) == 1 else (1, 1), dtype=torch.int64)
+    filled = [blank if mask is None else mask for mask in masks]
+    return torch.stack(filled) if len(shapes) <= 1 and filled else filled

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from gpuload.errors import ConfigError
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
-from gpuload.fields.image import is_encoded
 from gpuload.images import encoded
+from gpuload.images.encoded import is_encoded
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
 

@@ -40,6 +40,7 @@ def finish(images: torch.Tensor, image: Image, draws: Sequence[Any]) -> torch.Te
     for function, drawn in each:
         if getattr(function, "normalized", False):
             images = _called(function, images, drawn)
+            images = (images + 0.5).floor_().clamp_(0, 255) if image.dtype == torch.uint8 else images
     layout = torch.channels_last if image.channels_last else torch.contiguous_format
     return images.to(image.dtype).contiguous(memory_format=layout)
 

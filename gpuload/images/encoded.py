@@ -60,6 +60,18 @@ def from_arrow(
     return encoded, errors, read
 
 
+def is_encoded(kind: pa.DataType) -> bool:
+    """Whether an Arrow type can hold files: a binary one, or struct<bytes, ...>."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
 def storage(array: pa.Array) -> pa.Array:
     """The array below an extension type."""
     return array.storage if isinstance(array, pa.ExtensionArray) else array

@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuload.errors import ConfigError, expect
+from gpuload.images.encoded import is_encoded
 from gpuload.images.header_sizes import Sizes, header_sizes
 from gpuload.order import Cut, Order, Rows, expand
 from gpuload.order.choose import BLOCK
@@ -269,6 +270,9 @@ class BucketSampler(PlanSampler):
         height, width = self._buckets.height, self._buckets.width
         images = table.only([self._buckets.of])  # refuses what is no column
         if height is None or width is None:
+            if not is_encoded(kind := images.schema.field(0).type):
+                name = self._buckets.of
+                raise ConfigError(f"Expected a column of encoded images for Buckets, got {name!r}, which is {kind}.")
             return header_sizes(images, self._max_pixels, shown=self.rank == 0)
         return _column_sizes(table, height, width)
 
