@@ -23,7 +23,7 @@ from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, threads_here
-from gpuload.errors import ConfigError, StateError, expect_int
+from gpuload.errors import ConfigError, StateError, expect_epoch
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import Transform, fields, resolve
 from gpuload.frameworks import NO_ROWS, check_random_split, check_skip, check_wrappers, overfits
@@ -176,7 +176,7 @@ class LanceDataset(IterableDataset[Batch]):
             dataset_options=dataset_options,
             columns=columns,
             filter=filter,
-            samples=samples or 0,
+            samples=0 if samples is None else samples,
             split=split,
             cache=cache,
             with_row_id=with_row_id,
@@ -188,7 +188,7 @@ class LanceDataset(IterableDataset[Batch]):
             to_tensor_fn=to_tensor_fn,
             sampler=sampler,
             auto_detect_rank=auto_detect_rank,
-            transforms=transforms or {},
+            transforms={} if transforms is None else transforms,
             after=after,
             device=device,
             decoder=decoder,
@@ -343,7 +343,7 @@ class LanceDataset(IterableDataset[Batch]):
 
         Without it an epoch that ran to its end is followed by the next one; one that was left early starts again.
         """
-        expect_int(epoch=epoch)
+        expect_epoch(epoch)
         self._epochs.set(int(epoch))
 
     def state_dict(self) -> dict[str, Any]:
