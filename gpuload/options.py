@@ -122,7 +122,8 @@ class Options:
         for name in ("with_row_id", "with_row_address", "auto_detect_rank", "drop_last"):
             if not isinstance(value := getattr(self, name), (bool, np.bool_)):
                 raise ConfigError(f"Expected {name} as True or False, got {value!r}.")
-        if self.dataset_options and not isinstance(self.dataset, (str, Path)):
+        places = self.dataset.places() if isinstance(self.dataset, Mix) else [self.dataset]
+        if self.dataset_options and not any(isinstance(place, (str, Path)) for place in places):
             raise ConfigError(
                 f"Expected dataset_options beside a URI or a path, got {dict(self.dataset_options)!r} beside an opened "
                 "dataset. Open it with them."
