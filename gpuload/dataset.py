@@ -42,6 +42,7 @@ from gpuload.pipeline import Pipeline, read_threads
 from gpuload.tables.fork import check_fork, lance_running
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.mix import Mix, MixTable
+from gpuload.tables.versions import OneVersion
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -461,7 +462,7 @@ class LanceDataset(IterableDataset[Batch]):
         check_fork()
         options, place = self._options, self._place()
         if self._source is None or any(each.due(place[1]) for each in self._versions.values()):
-            opened = {name: each.open(*place) for name, each in self._versions.items()}
+            opened = {name: _opened(name, each, place) for name, each in self._versions.items()}
             if self._source is None or any(int(opened[name].version) != n for name, n in self._read.items()):
                 self._source, self._columns = options.open(opened), []
                 self._read = {name: int(each.version) for name, each in opened.items()}
@@ -524,6 +525,16 @@ class LanceDataset(IterableDataset[Batch]):
         folder = tempfile.mkdtemp(prefix="gpuload-cache-", dir=where)
         Finalize(self, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # in a worker too
         self._open().use_cache(folder)
+
+
+def _opened(name: str, version: OneVersion, place: tuple[int, int]) -> Any:
+    """The ``lance.LanceDataset``; an error about one of several sources says which."""
+    try:
+        return version.open(*place)
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(f"In source {name!r}: {error}") from error
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
