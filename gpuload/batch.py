@@ -108,14 +108,14 @@ class Batch(dict[str, Any]):
 
     def replace(self, bad: NDArray[np.bool_]) -> Batch:
         """The same rows; where ``bad`` (bool[B]) is True with the columns of the next row where it is not, around the
-        end, and with zeros where there is none. `rows` and `valid` stay."""
+        end, and with zeros where there is none. `rows`, `source` and `valid` stay."""
         good, at = np.flatnonzero(~bad), np.flatnonzero(bad)
         if not len(good):
             return self._with({name: _each(value, torch.zeros_like) for name, value in self.items()})
         index = np.arange(self.size)
         index[at] = good[np.searchsorted(good, at) % len(good)]
-        columns, about = self._picked(index)
-        found = Batch({}, self.rows, self.valid, self.epoch, self.step, *about)
+        columns, (nulls, regions, sizes, _) = self._picked(index)
+        found = Batch({}, self.rows, self.valid, self.epoch, self.step, nulls, regions, sizes, self.source)
         found.update(columns)
         return found
 

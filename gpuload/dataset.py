@@ -21,7 +21,7 @@ from gpuload.badrows import BadRow, BadRows
 from gpuload.batch import Batch
 from gpuload.clock import Clock, bottleneck, clocks
 from gpuload.device import Streams, choose_device, describe, memory_ahead, threads_here
-from gpuload.errors import ConfigError, StateError, expect_int
+from gpuload.errors import ConfigError, StateError, expect_epoch
 from gpuload.fields import Column, Parts
 from gpuload.fields.choose import Transform, fields, resolve
 from gpuload.frameworks import NO_ROWS, check_random_split, check_skip, check_wrappers, overfits
@@ -178,7 +178,7 @@ class LanceDataset(IterableDataset[Batch]):
             dataset_options=dataset_options,
             columns=columns,
             filter=filter,
-            samples=samples or 0,
+            samples=0 if samples is None else samples,
             split=split,
             cache=cache,
             with_row_id=with_row_id,
@@ -190,7 +190,7 @@ class LanceDataset(IterableDataset[Batch]):
             to_tensor_fn=to_tensor_fn,
             sampler=sampler,
             auto_detect_rank=auto_detect_rank,
-            transforms=transforms or {},
+            transforms={} if transforms is None else transforms,
             after=after,
             device=device,
             decoder=decoder,
@@ -346,7 +346,7 @@ class LanceDataset(IterableDataset[Batch]):
 
         Without it an epoch that ran to its end is followed by the next one; one that was left early starts again.
         """
-        expect_int(epoch=epoch)
+        expect_epoch(epoch)
         self._epochs.set(int(epoch))
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,11 +27,11 @@ def choose_device(wish: str | torch.device) -> torch.device:
     DeviceError
         CUDA was asked for and is not there.
     """
-    if wish == "auto":
+    if isinstance(wish, str) and wish == "auto":
         wish = "cuda" if get_worker_info() is None and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wish)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f'Expected device="auto", "cuda", "cuda:N" or "cpu", got {wish!r}.') from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f'Expected device="auto", "cuda", "cuda:N" or "cpu", got {wish!r}.')

@@ -16,7 +16,9 @@ BadRowWarning (UserWarning)        the first such row of a dataset that goes on 
 
 from __future__ import annotations
 
-from numbers import Integral
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 
 class GpuloadError(Exception):
@@ -134,6 +136,16 @@ def expect(ok: bool, what: str, got: object) -> None:
         raise ConfigError(f"Expected {what}, got {got!r}.")
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one real number, of Python's or NumPy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_one_of(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether it equals one of these; an array, which compares by element, equals none."""
+    return not getattr(value, "ndim", 0) and value in tuple(choices)
+
+
 def expect_counts(least: int = 1, **counts: object) -> None:
     """Raise `ConfigError` for the first keyword that is not an int of at least `least`."""
     for name, value in counts.items():
@@ -146,6 +158,12 @@ def expect_int(**numbers: object) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ConfigError(f"Expected {name} as an int, got {value!r}.")
+
+
+def expect_epoch(epoch: object) -> None:
+    """Raise `ConfigError` unless it is an int of at most 64 bits."""
+    expect_int(epoch=epoch)
+    expect(-(2**63) <= epoch < 2**63, "epoch as an int of 64 bits", epoch)  # type: ignore[operator]
 
 
 def stopped(where: str) -> RuntimeError:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gpuload.device import choose_device
-from gpuload.errors import ConfigError, expect_counts, expect_int
+from gpuload.errors import ConfigError, expect, expect_counts, expect_int, is_one_of
 from gpuload.fields.choose import Transform
 from gpuload.images.decode.choose import check_decoder
 from gpuload.images.transform import Image
@@ -77,7 +77,7 @@ class Options:
         expect_counts(**counts, readahead_bytes=ahead, num_threads=threads)
         expect_counts(least=0, samples=self.samples)
         expect_int(seed=self.seed)
-        if self.on_error not in ON_ERROR:
+        if not is_one_of(self.on_error, ON_ERROR):
             raise ConfigError(f"Expected on_error as one of {ON_ERROR}, got {self.on_error!r}.")
         if not isinstance(self.transforms, Mapping):
             raise ConfigError(
@@ -91,14 +91,19 @@ class Options:
             raise ConfigError(f"Expected after or to_tensor_fn, got both: {self.after!r} takes gpuload's batches.")
         if not isinstance(self.filter, (str, type(None))):
             raise ConfigError(f"Expected filter as an SQL condition, got {self.filter!r}.")
-        if self.to_tensor_fn not in (NOT_GIVEN, None) and not callable(self.to_tensor_fn):
+        if self.to_tensor_fn is not NOT_GIVEN and self.to_tensor_fn is not None and not callable(self.to_tensor_fn):
             raise ConfigError(f"Expected to_tensor_fn as a function or None, got {self.to_tensor_fn!r}.")
-        if self.device != "auto":
+        if not is_one_of(self.device, ["auto"]):
             choose_device(self.device)
         check_decoder(self.decoder, self.device)
+        wish = self.dataset_options
+        expect(isinstance(wish, (Mapping, type(None))), "dataset_options as a dict of keywords of lance.dataset", wish)
+        expect(isinstance(self.cache, (str, Path, bool, type(None))), "cache as True, False or a folder", self.cache)
         for name in ("dataset", "cache"):
             if isinstance(place := getattr(self, name), (str, Path)):
                 object.__setattr__(self, name, type(place)(os.path.expanduser(place)))
+        folder = isinstance(self.cache, Path) or (isinstance(self.cache, str) and self.cache != "")
+        expect(not folder or os.path.isdir(str(self.cache)), "cache as a folder that exists", self.cache)
         self._expect_used()
         self._check_buckets()
         ranks = {"rank": self.rank, "world_size": self.world_size, "shard_granularity": self.shard_granularity}

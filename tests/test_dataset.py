@@ -216,7 +216,7 @@ STAGES = {
     "tokens": "gpuload.fields.text.Tokens.__call__",
     "decode": "gpuload.images.decode.line.Line.fill",
     "affine": "gpuload.images.resize.affine",
-    "regions": "gpuload.images.views.views",
+    "views": "gpuload.images.views.views",
     "windows": "gpuload.images.views.windows",
     "plan": "gpuload.order.cut.FixedSize.ranges",
     "positions": "gpuload.tables.lance.LanceTable.positions",

@@ -14,7 +14,7 @@ import torch
 from making import by_pillow, claiming, encode, jpeg, picture, png
 
 import gpuload
-from gpuload import DecodeError, Image, LanceDataset, RowError
+from gpuload import BadRowWarning, DecodeError, Image, LanceDataset, Mix, RowError
 
 pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met on purpose in most tests here
 Store = Callable[..., str]
@@ -397,3 +397,23 @@ def test_every_error_is_a_gpuload_error_and_a_builtin_one() -> None:
         assert kind is gpuload.GpuloadError or issubclass(kind, (ValueError, RuntimeError))
     assert issubclass(gpuload.TextError, RowError)
     assert issubclass(DecodeError, RowError)
+
+
+def test_replace_in_a_mix_leaves_rows_and_sources_as_they_are(store: Store) -> None:
+    broken = {"a": {0, 3, 6, 9}, "b": {1, 5, 11}}  # no row of both
+    paths = {}
+    for name, start in (("a", 0), ("b", 100)):
+        files = [b"broken" if row in broken[name] else jpeg(8, 8, row) for row in range(12)]
+        paths[name] = store({"image": files, "id": range(start, start + 12)})
+    with LanceDataset(
+        Mix(paths, stop="last"), 8, transforms={"image": Image(8)}, on_error="replace", device="cpu"
+    ) as dataset:
+        with pytest.warns(BadRowWarning):
+            batches = list(dataset)
+        bad = {(found.source, found.row) for found in dataset.bad_rows}
+    assert bad == {(name, row) for name in paths for row in broken[name]}
+    for batch in batches:
+        places = [("ab"[s], row) for s, row in zip(batch.source.tolist(), batch.rows.tolist(), strict=True)]
+        assert batch.valid.tolist() == [place not in bad for place in places]
+        for (name, row), valid, found in zip(places, batch.valid.tolist(), batch["id"].tolist(), strict=True):
+            assert not valid or found == row + 100 * (name == "b")

@@ -426,3 +426,11 @@ def test_a_source_that_is_not_there_or_has_no_rows_is_named(stores: dict[str, st
         LanceDataset(Mix({"web": stores["web"], "own": {"uri": stores["own"], "filter": "id < 0"}}), 4)
     with pytest.raises(ConfigError, match="version of source 'web' beside a URI"):
         Mix({"web": {"uri": lance.dataset(stores["web"]), "version": 1}})
+
+
+def test_keywords_of_lance_beside_a_mix_are_for_its_sources(stores: dict[str, str]) -> None:
+    options: dict[str, Any] = {"storage_options": {"client_max_retries": "3"}}
+    assert len(LanceDataset(of(stores, "web", "own"), 4, dataset_options=options)) > 0
+    opened = Mix({"web": lance.dataset(stores["web"])})
+    with pytest.raises(ConfigError, match="dataset_options beside a URI or a path"):
+        LanceDataset(opened, 4, dataset_options=options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -288,3 +289,35 @@ def test_a_home_folder_is_expanded(store: Store, tmp_path: Any, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     trained().save(str(tmp_path / "tokenizer.json"))
     assert read(store, ["a"], Text("~/tokenizer.json"))["prompt"].shape == (1, 3)
+
+
+ANSWERS: dict[str, tuple[Any, str]] = {
+    "none": (lambda texts: None, "Expected 4 id lists from the tokenizer, got None"),
+    "number": (lambda texts: torch.tensor(3), "Expected 4 id lists from the tokenizer, got tensor"),
+    "bytes": (lambda texts: b"abcd", "Expected 4 id lists from the tokenizer, got b'abcd'"),
+    "no_ids": (lambda texts: {"ids": []}, r"Expected input_ids from the tokenizer, got a mapping of \['ids'\]"),
+    "masks": (
+        lambda texts: {"input_ids": [[1]] * len(texts), "attention_mask": [[1]]},
+        "Expected 4 attention masks from the tokenizer, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_none_at_all_is_no_error_of_a_row(name: str, store: Store) -> None:
+    function, message = ANSWERS[name]
+    dataset = LanceDataset(store({"text": ["a"] * 4}), 4, transforms={"text": Text(function)}, on_error="mask")
+    with pytest.raises(ConfigError, match=message):
+        list(dataset)
+
+
+def test_answers_may_be_a_mapping_of_any_kind(store: Store) -> None:
+    found = Text(lambda texts: UserDict(input_ids=([len(text)] for text in texts)))
+    (batch,) = LanceDataset(store({"text": ["a", "bc"]}), 2, transforms={"text": found})
+    assert batch["text"].tolist() == [[1], [2]]
+
+
+def test_a_prepare_function_without_a_result_is_no_error_of_a_row(store: Store) -> None:
+    text = Text("bytes", prepare=lambda texts: texts.sort())  # type: ignore[arg-type, func-returns-value]
+    with pytest.raises(ConfigError, match="Expected 2 texts from the prepare function, got None"):
+        list(LanceDataset(store({"text": ["a", "bc"]}), 2, transforms={"text": text}, on_error="skip"))

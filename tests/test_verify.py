@@ -17,7 +17,7 @@ from making import encode, jpeg, picture
 from typer.testing import CliRunner
 
 import gpuload.tools.verify
-from gpuload import BadRow, BadRowWarning, Image, LanceDataset, Text
+from gpuload import BadRow, BadRowWarning, ConfigError, Image, LanceDataset, Text
 from gpuload.badrows import BadRows
 from gpuload.errors import DecodeError
 from gpuload.tools.bench import measure, prepare
@@ -73,6 +73,17 @@ def test_what_it_finds_is_what_training_meets(path: str) -> None:
             list(dataset)
         met = {(bad.row, bad.column): bad.reason for bad in dataset.bad_rows}
     assert met == {(bad.row, bad.column): bad.reason for bad in verify(path, progress=False).bad}
+
+
+def test_a_column_that_is_named_may_hold_no_image_at_all(store: Store) -> None:
+    path = store({"image": pa.array([b"bad", b"worse", None], pa.binary()), "id": range(3)})
+    with pytest.raises(ConfigError, match="a column of images"):
+        verify(path, progress=False)
+    assert verify(path, images=["image"], progress=False).bad_rows == [0, 1, 2]
+    done = run(path, "--image", "image", "--no-progress")
+    assert done.exit_code == 1
+    assert "3 bad" in done.stdout
+    assert run(path, "--image", "id", "--no-progress").exit_code == 2
 
 
 def test_it_says_so_in_a_table_and_by_its_status(path: str, store: Store) -> None:

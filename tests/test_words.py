@@ -18,7 +18,19 @@ import torch
 from making import jpeg
 from test_fields import ByPillow
 
-from gpuload import Batch, ConfigError, Image, LanceDataset, Text
+from gpuload import (
+    Batch,
+    Boxes,
+    ConfigError,
+    Image,
+    LanceDataset,
+    Mix,
+    ShardedBatchSampler,
+    ShardedFragmentSampler,
+    StateError,
+    Text,
+)
+from gpuload.augment import CutMix, MixUp
 from gpuload.tables.lance import LanceTable
 from gpuload.tools.ingest import ingest
 
@@ -61,6 +73,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "drop_last_text": ({"drop_last": "no"}, "drop_last as True or False, got 'no'"),
     "with_row_id": ({"with_row_id": "yes"}, "with_row_id as True or False, got 'yes'"),
     "auto_detect_rank": ({"auto_detect_rank": None}, "auto_detect_rank as True or False, got None"),
+    "dataset_options": ({"dataset_options": 1}, "dataset_options as a dict of keywords of lance.dataset, got 1"),
+    "dataset_options_text": ({"dataset_options": "x"}, "dataset_options as a dict"),
+    "dataset_options_name": ({"dataset_options": {"a": 1}}, "keywords of lance.dataset, got .*'a'"),
+    "cache_number": ({"cache": 1}, "cache as True, False or a folder, got 1"),
+    "cache_bytes": ({"cache": b"x"}, "cache as True, False or a folder, got b'x'"),
+    "cache_nowhere": ({"cache": "/no/such/folder"}, "cache as a folder that exists, got '/no/such/folder'"),
+    "samples_text": ({"samples": ""}, "samples as an int of at least 0, got ''"),
+    "transforms_list": ({"transforms": []}, r"transforms as a dict of column to .*got \[\]"),
+    "device_number": ({"device": 10**30}, "device="),
     "rank": ({"rank": 0, "world_size": 2, "sampler": Own()}, "rank or sampler, got both"),
 }
 
@@ -112,6 +133,67 @@ def test_words_of_an_image_without_effect_are_refused(words: dict[str, Any]) -> 
 def test_what_is_no_number_and_no_bool_is_refused(words: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"Image\({next(iter(words))}=\.\.\.\) as "):
         Image(8, **words)
+
+
+ARRAY = np.array([1, 2])
+NUMBERS = ("crop_ratio", "scale", "ratio", "flip", "mean", "std")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["dataset_options", "samples", "cache", "shard_granularity", "to_tensor_fn", "transforms", "device", "on_error",
+     "shuffle", "decoder", "split", "filter", "seed", "max_pixels", "buckets", "after", "sampler"],
+)  # fmt: skip
+def test_an_array_is_no_word_of_a_dataset(word: str, path: str) -> None:
+    options: dict[str, Any] = {word: ARRAY}
+    with pytest.raises(ConfigError, match="Expected"):
+        next(iter(LanceDataset(path, 4, **options)))
+
+
+@pytest.mark.parametrize("word", ["size", "crop", "dtype", "mode", "views", "augment", "crop_ratio", "scale", "flip"])
+def test_an_array_is_no_word_of_an_image(word: str) -> None:
+    options: dict[str, Any] = {"size": 8, word: ARRAY}
+    with pytest.raises(ConfigError, match="Expected"):
+        Image(**options)
+
+
+@pytest.mark.parametrize("value", ["x", b"x", {"a": 1}, ("a", "b"), [None, None], object(), 1j, Path("x")], ids=repr)
+@pytest.mark.parametrize("word", NUMBERS)
+def test_what_is_no_number_is_none_of_an_image(word: str, value: Any) -> None:
+    crop = {"scale": "random", "ratio": "random"}.get(word, "center")
+    options: dict[str, Any] = {"crop": crop, word: value}
+    with pytest.raises(ConfigError, match=rf"Image\({word}="):
+        Image(8, **options)
+
+
+def test_numbers_of_an_image_may_be_those_of_numpy_and_torch() -> None:
+    wanted = Image(8, mean=(0.5, 0.25, 1.0), std=(0.5, 0.5, 0.5), flip=0.5, crop_ratio=0.5)
+    mean, half = torch.tensor([0.5, 0.25, 1.0]), np.float32(0.5)
+    assert Image(8, mean=mean, std=np.full(3, 0.5), flip=half, crop_ratio=half) == wanted  # type: ignore[arg-type]
+    assert Image(8, mean=(0.5, 0.25, 1.0), std=0.5, flip=half, crop_ratio=half) == wanted  # type: ignore[arg-type]
+    assert Image(8, mean=0.5, std=torch.tensor(0.5)).mean == (0.5,) * 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Text("bytes", padding=ARRAY), lambda: Text("bytes", pick=ARRAY), lambda: Text("bytes", dropout="x"),  # type: ignore[arg-type]
+     lambda: Boxes("image", format=ARRAY), lambda: Mix({"a": "x"}, stop=ARRAY), lambda: MixUp(0.5, "id", 10**30),  # type: ignore[arg-type]
+     lambda: MixUp(0.5, "id", 3, images=[1]), lambda: CutMix(0.5, "id", 3, images=""),  # type: ignore[arg-type]
+     lambda: ShardedBatchSampler(randomize="no"), lambda: ShardedFragmentSampler(randomize=ARRAY)],  # type: ignore[arg-type]
+)  # fmt: skip
+def test_words_of_another_type_are_refused_everywhere(make: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError, match="Expected"):
+        make()
+
+
+def test_an_epoch_beyond_64_bits_and_an_array_in_a_state_are_refused(path: str) -> None:
+    dataset = LanceDataset(path, 4)
+    with pytest.raises(ConfigError, match="epoch as an int of 64 bits"):
+        dataset.set_epoch(10**30)
+    for name in dataset.state_dict():
+        if name != "uri":  # of no account where the fingerprint is the same
+            with pytest.raises(StateError):
+                dataset.load_state_dict({**dataset.state_dict(), name: ARRAY})
 
 
 @pytest.mark.parametrize("state", [None, 3, "state", []])

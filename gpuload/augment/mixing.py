@@ -46,7 +46,13 @@ class _Mixing:
         expect(isinstance(self.alpha, number) and not isinstance(self.alpha, bool) and self.alpha > 0,
                f"{name}(alpha=...) above 0", self.alpha)  # fmt: skip
         expect(isinstance(self.labels, str), f'{name}(labels="name of a column")', self.labels)
-        expect(type(self.classes) is int and self.classes > 0, f"{name}(classes=...) as a positive int", self.classes)
+        expect(
+            type(self.classes) is int and 0 < self.classes < 2**31,
+            f"{name}(classes=...) as a positive int",
+            self.classes,
+        )
+        column = self.images is None or (isinstance(self.images, str) and self.images != "")
+        expect(column, f'{name}(images="name of a column")', self.images)
         good = isinstance(self.p, number) and not isinstance(self.p, bool) and 0 <= self.p <= 1
         expect(good, f"{name}(p=...) as a probability in [0, 1]", self.p)
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError, RowError, expect
+from gpuload.errors import ConfigError, RowError, expect, is_one_of
 from gpuload.fields import Column, Field, Geometry, Known, Parts, Taken, storage_type
 from gpuload.order.draws import Draws
 from gpuload.tables import Selection
@@ -50,7 +50,7 @@ class Boxes:
 
     def __post_init__(self) -> None:
         expect(isinstance(self.of, str) and bool(self.of), 'Boxes("name of a column of images")', self.of)
-        expect(self.format in FORMATS, 'Boxes(format="xyxy"|"xywh"|"cxcywh")', self.format)
+        expect(is_one_of(self.format, FORMATS), 'Boxes(format="xyxy"|"xywh"|"cxcywh")', self.format)
         good = self.pad is None or (isinstance(self.pad, int) and not isinstance(self.pad, bool) and self.pad > 0)
         expect(good, "Boxes(pad=...) as an int of at least 1, or None", self.pad)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuload.clock import Clock
-from gpuload.errors import ConfigError, TextError, expect
+from gpuload.errors import ConfigError, TextError, expect, is_number, is_one_of
 from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, is_text
 from gpuload.fields.tokens import Tokens, by_value
 from gpuload.fields.values import pick, to_python
@@ -65,7 +65,11 @@ class Text:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        expect(self.padding in (None, "longest", "max_length"), 'Text(padding="longest"|"max_length")', self.padding)
+        expect(
+            is_one_of(self.padding, (None, "longest", "max_length")),
+            'Text(padding="longest"|"max_length")',
+            self.padding,
+        )
         expect(
             self.max_length is None or (type(self.max_length) is int and self.max_length > 0),
             "Text(max_length=...) as a positive int",
@@ -77,9 +81,12 @@ class Text:
             self.max_length,
         )
         expect(isinstance(self.truncation, bool), "Text(truncation=...) as True or False", self.truncation)
-        expect(self.pick in ("random", "first"), 'Text(pick="random"|"first")', self.pick)
-        share = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
-        expect(share and 0 <= self.dropout <= 1, "Text(dropout=...) as a probability in [0, 1]", self.dropout)
+        expect(is_one_of(self.pick, ("random", "first")), 'Text(pick="random"|"first")', self.pick)
+        expect(
+            is_number(self.dropout) and 0 <= self.dropout <= 1,
+            "Text(dropout=...) as a probability in [0, 1]",
+            self.dropout,
+        )
         expect(self.prepare is None or callable(self.prepare), "Text(prepare=...) as a function", self.prepare)
         number = self.pad_id is None or (type(self.pad_id) is int and -(2**63) <= self.pad_id < 2**63)
         expect(number, "Text(pad_id=...) as an int", self.pad_id)

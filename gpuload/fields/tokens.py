@@ -10,7 +10,7 @@ import copy
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,8 +194,7 @@ def by_value(call: Callable[[list[str]], Any], texts: list[str], what: str, who:
     if not texts:
         return []
     try:
-        answer = call(list(texts))
-        found = list(answer)
+        return _expected(call(list(texts)), len(texts), what, who)
     except BaseException as error:
         if not _about_a_value(error):
             raise
@@ -206,9 +205,16 @@ def by_value(call: Callable[[list[str]], Any], texts: list[str], what: str, who:
         refused = TextError(f"Expected a text that the {who} takes, got {type(error).__name__}: {reason}")
         refused.__cause__ = error
         return [refused]
-    if len(found) != len(texts) or isinstance(answer, str):
-        got = f"the text {answer!r}" if isinstance(answer, str) else str(len(found))
-        raise ConfigError(f"Expected {len(texts)} {what} from the {who}, got {got}.")
+
+
+def _expected(answer: Any, count: int, what: str, who: str) -> list[Any]:
+    """The answers of a function of the user's as a list, which has to have `count` of them."""
+    whole = isinstance(answer, (str, bytes, Mapping)) or not getattr(answer, "ndim", 1)
+    several = hasattr(answer, "__iter__") and not whole
+    found = list(answer) if several else []
+    if not several or len(found) != count:
+        got = str(len(found)) if several else f"{answer!r:.80}"
+        raise ConfigError(f"Expected {count} {what} from the {who}, got {got}.")
     return found
 
 
@@ -331,11 +337,15 @@ def _callable(function: Callable[[list[str]], Any], max_length: int | None) -> O
         with _lock_of(function):
             found = function(texts)
         masks = None
-        if isinstance(found, dict) or hasattr(found, "input_ids"):
-            masks = found.get("attention_mask")
-            found = found["input_ids"]
-        rows = _all_checked(list(found))
-        return rows if masks is None else [_masked(row, mask) for row, mask in zip(rows, masks, strict=True)]
+        if isinstance(found, Mapping) or hasattr(found, "input_ids"):
+            if "input_ids" not in found:
+                raise ConfigError(f"Expected input_ids from the tokenizer, got a mapping of {list(found)}.")
+            masks, found = found.get("attention_mask"), found["input_ids"]
+        rows = _all_checked(_expected(found, len(texts), "id lists", "tokenizer"))
+        if masks is None:
+            return rows
+        masks = _expected(masks, len(texts), "attention masks", "tokenizer")
+        return [_masked(row, mask) for row, mask in zip(rows, masks, strict=True)]
 
     return Opened(encode, limit=max_length)
 

@@ -10,15 +10,24 @@ from typing import Any, Literal
 
 import torch
 
-from gpuload.errors import ConfigError, expect
+from gpuload.errors import ConfigError, expect, is_number, is_one_of
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
 def _interval(name: str, value: tuple[float, float], upper: float = math.inf) -> None:
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
     good = pair and 0 < value[0] <= value[1] <= upper and value[1] < math.inf
     expect(good, f"Image({name}=(low, high)) with 0 < low <= high{f' <= {upper:g}' if upper < math.inf else ''}", value)
+
+
+def _floats(name: str, value: Any, channels: int) -> tuple[float, ...]:
+    """One number for each channel, of a sequence, an array or a tensor of them, or of one for all."""
+    found = value.tolist() if hasattr(value, "tolist") else value
+    several = list(found) if isinstance(found, (list, tuple)) else [found] * channels
+    good = all(is_number(v) and math.isfinite(v) for v in several)
+    expect(good, f"Image({name}=...) as a number, or one a channel", value)
+    return tuple(map(float, several))
 
 
 _USED = {"crop_ratio": "center", "scale": "random", "ratio": "random"}  # word → the crop that looks at it
@@ -94,25 +103,25 @@ class Image:
     augment: tuple[Callable[[torch.Tensor, Any], torch.Tensor], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size not in (None, "bucket"):
+        if not is_one_of(self.size, (None, "bucket")):
             pair = isinstance(self.size, (tuple, list))
             size = tuple(self.size) if pair else (self.size, self.size)  # type: ignore[arg-type]
             good = len(size) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in size)
             expect(good, 'Image(size=...) as a positive int, (height, width), "bucket" or None', self.size)
             object.__setattr__(self, "size", size)
-        expect(self.crop in _CROPS, 'Image(crop="center"|"random"|"none"|"pad")', self.crop)
-        expect(0 < self.crop_ratio <= 1, "Image(crop_ratio=...) in (0, 1]", self.crop_ratio)
+        expect(is_one_of(self.crop, _CROPS), 'Image(crop="center"|"random"|"none"|"pad")', self.crop)
+        good = is_number(self.crop_ratio) and 0 < self.crop_ratio <= 1
+        expect(good, "Image(crop_ratio=...) in (0, 1]", self.crop_ratio)
         _interval("scale", self.scale, 1)
         _interval("ratio", self.ratio)
-        share = 0 <= self.flip <= 1 and not isinstance(self.flip, bool)
-        expect(share, "Image(flip=...) as a probability in [0, 1]", self.flip)
-        good = self.interpolation in ("bilinear", "bicubic", "nearest")
+        expect(is_number(self.flip) and 0 <= self.flip <= 1, "Image(flip=...) as a probability in [0, 1]", self.flip)
+        good = is_one_of(self.interpolation, ("bilinear", "bicubic", "nearest"))
         expect(good, 'Image(interpolation="bilinear"|"bicubic"|"nearest")', self.interpolation)
         for name in ("channels_last", "orient", "fast"):
             expect(isinstance(getattr(self, name), bool), f"Image({name}=...) as True or False", getattr(self, name))
         self._expect_used()
-        expect(self.mode in ("RGB", "L"), 'Image(mode="RGB"|"L")', self.mode)
-        expect(self.dtype in IMAGE_DTYPES, f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
+        expect(is_one_of(self.mode, ("RGB", "L")), 'Image(mode="RGB"|"L")', self.mode)
+        expect(is_one_of(self.dtype, IMAGE_DTYPES), f"Image(dtype=...) as one of {IMAGE_DTYPES}", self.dtype)
         good = isinstance(self.views, int) and not isinstance(self.views, bool) and self.views > 0
         expect(good, "Image(views=...) as an int of at least 1", self.views)
         several = isinstance(self.augment, (tuple, list))
@@ -123,7 +132,7 @@ class Image:
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None:
-                value = tuple(float(v) for v in (value if hasattr(value, "__iter__") else [value] * self.channels))
+                value = _floats(name, value, self.channels)
                 expect(len(value) == self.channels, f"Image({name}=...) with {self.channels} values", value)
                 expect(name == "mean" or all(v > 0 for v in value), "Image(std=...) above 0", value)
                 expect(self.dtype != torch.uint8, f"a float dtype beside Image({name}=...)", self.dtype)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from gpuload.errors import ConfigError
+from gpuload.errors import ConfigError, is_one_of
 from gpuload.order.ranks import Ranks
 from gpuload.order.samplers import (
     FullScanSampler,
@@ -28,9 +28,9 @@ def make_sampler(given: Any, shuffle: bool | str, granularity: str | None, ranks
     ConfigError
         Keywords that contradict each other, or words that are not known.
     """
-    if shuffle not in (False, True, "row", "block", "batch"):
+    if not is_one_of(shuffle, (False, True, "row", "block", "batch")):
         raise ConfigError(f'Expected shuffle=False, True, "row", "block" or "batch", got {shuffle!r}.')
-    if granularity not in (None, "fragment", "batch"):
+    if not is_one_of(granularity, (None, "fragment", "batch")):
         raise ConfigError(f'Expected shard_granularity=None, "fragment" or "batch", got {granularity!r}.')
     if given is not None:
         sampler = _adopt(given)

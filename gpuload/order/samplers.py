@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError, expect_int
+from gpuload.errors import ConfigError, expect, expect_int
 from gpuload.order import Cut, Order, Ranges, coalesce
 from gpuload.order.cut import FixedSize
 from gpuload.order.orders import Blocks, Fragments, InTurn, ShuffledBatches
@@ -41,6 +41,7 @@ class PlanSampler(LanceSampler):
     ) -> None:
         self._ranks = Ranks(rank, world_size)
         expect_int(seed=seed)
+        expect(isinstance(randomize, (bool, np.bool_)), "randomize as True or False", randomize)
         self._randomize, self._seed = bool(randomize), int(seed)
         self._epoch = self._times = 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from gpuload.errors import ConfigError, StateError
+from gpuload.errors import ConfigError, StateError, is_one_of
 
 VERSION = 1
 _COUNTS = ("epoch", "step", "start", "taken", "world_size")
@@ -79,10 +79,10 @@ def restore(
     missing = [name for name in ("version", *_COUNTS) if name not in state]
     if missing:
         raise StateError(f"Expected a state_dict() of gpuload.LanceDataset, got one without {missing}.", missing[0])
-    if state["version"] != VERSION:
+    if not is_one_of(state["version"], [VERSION]):
         raise _differs("version", state["version"], VERSION, "It was saved by another version of gpuload.")
     for name in identity:
-        if state.get(name) != identity[name] and name != "uri":
+        if name != "uri" and not is_one_of(state.get(name), [identity[name]]):
             raise _identity_error(name, state, identity)
     for name in _COUNTS:
         if not isinstance(state[name], Integral) or (state[name] < 0 and name != "epoch"):

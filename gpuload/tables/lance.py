@@ -463,6 +463,10 @@ def open_dataset(dataset: str | Path | lance.LanceDataset, options: dict[str, An
     def opened() -> lance.LanceDataset:
         try:
             return lance.dataset(uri, **reading.with_client(uri, options))
+        except TypeError as error:
+            raise ConfigError(
+                f"Expected dataset_options as keywords of lance.dataset, got {options!r}: {error}."
+            ) from error
         except (OSError, ValueError) as error:
             if reading.is_remote(uri) and reading.is_trouble(error) and "not found" not in str(error).lower():
                 raise

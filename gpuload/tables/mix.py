@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gpuload.errors import ConfigError, expect
+from gpuload.errors import ConfigError, expect, is_one_of
 from gpuload.order import Ranges, coalesce, expand
 from gpuload.tables.lance import LanceTable
 from gpuload.tables.projection import near
@@ -70,8 +70,8 @@ class Mix:
                 good = isinstance(weight, Real) and not isinstance(weight, bool) and 0 < float(weight) < float("inf")
                 expect(good, f"the weight of {name!r} above 0 and finite", weight)
             object.__setattr__(self, "weights", {name: self.weights[name] for name in self.sources})
-        count = isinstance(self.stop, int) and not isinstance(self.stop, bool) and self.stop > 0
-        expect(count or self.stop in ("first", "last"), 'Mix(stop="first"|"last"|rows)', self.stop)
+        count = isinstance(self.stop, int) and not isinstance(self.stop, bool) and 0 < self.stop < 2**62
+        expect(count or is_one_of(self.stop, ("first", "last")), 'Mix(stop="first"|"last"|rows)', self.stop)
 
     def places(self) -> list[Any]:
         """The URI, path or opened dataset of each source."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError
+from gpuload.fields.image import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.host import MAX_PIXELS
@@ -106,7 +107,7 @@ def verify(
     ----------
     uri : str
     images : list of str, optional
-        Columns of images; by default all that are found to be some.
+        Columns of images, whatever they hold; by default all that are found to be some.
     num_threads : int, optional
         One a core by default.
     max_pixels : int
@@ -127,8 +128,9 @@ def verify(
     known = [column.name for column in columns(everything) if column.role == "image"]
     names = list(dict.fromkeys(images or known))
     wanted: list[str | None] = [*names] or [None]
+    files = {field.name for field in everything.schema if is_encoded(field.type)}  # images, if the user says so
     for name in wanted:
-        if name not in known:
+        if name not in (files if images else known):
             image_column(everything, name)  # says what there is instead
     source = LanceTable(uri, names)
     done = Verified(source.uri, source.version, names, source.rows, source.rows * len(names))
