@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError
-from gpuload.fields.image import is_encoded
+from gpuload.images.encoded import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.host import MAX_PIXELS
