@@ -93,8 +93,8 @@ def take_all(batches: Any, taken: list[int]) -> None:
 def test_a_broken_file_is_named_with_the_rows_of_the_batch(rows: str, kind: str, words: dict[str, Any]) -> None:
     damage, message = DAMAGE[kind]
     file = second(rows)
+    damage(file)  # before it is opened: of a file that was looked at, Lance keeps the footer
     dataset = LanceDataset(rows, 50, device="cpu", **{"columns": ["id", "data"], **words})
-    damage(file)
     taken: list[int] = []
     with pytest.raises(ReadError, match=message) as caught:
         take_all(dataset, taken)

@@ -321,12 +321,30 @@ class LanceTable:
             yield from (value for value in self._search(field) if len(value.as_py()))
 
     def _look_at(self, field: Field, positions: NDArray[np.int64]) -> list[Any]:
-        """The values of a field at these positions that are not null."""
-        if field.blob:
-            found = self.lance.read_blobs(field.path[0], indices=positions.tolist())
-            return [pa.scalar(value, pa.large_binary()) for _, value in found if value is not None]
-        rows = take_rows(self.lance, {field.name: field.expression}, coalesce(positions))
-        return list(rows.column(0).drop_null())
+        """The values of a field at these positions that are not null; those of a broken file are left out, as long as
+        there is another: its rows are named when they are read."""
+
+        def look() -> list[Any]:
+            if field.blob:
+                found = self.lance.read_blobs(field.path[0], indices=positions.tolist())
+                return [pa.scalar(value, pa.large_binary()) for _, value in found if value is not None]
+            rows = take_rows(self.lance, {field.name: field.expression}, coalesce(positions))
+            return list(rows.column(0).drop_null())
+
+        try:
+            return self._ask(look)
+        except ReadError:
+            if len(positions) == 1 or reading.is_remote(self.uri):
+                raise
+        values, failed = list[Any](), list[ReadError]()
+        for one in np.split(positions, len(positions)):
+            try:
+                values += self._look_at(field, one)
+            except ReadError as error:
+                failed.append(error)
+        if len(failed) == len(positions):
+            raise failed[0]
+        return values
 
     def _search(self, field: Field) -> list[Any]:
         """The first values of a field that are not null, wherever they are."""
