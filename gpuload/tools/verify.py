@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError
-from gpuload.images.encoded import is_encoded
 from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.host import MAX_PIXELS
+from gpuload.images.encoded import is_encoded
 from gpuload.stages import ordered_map
 from gpuload.tables.lance import LanceTable
 from gpuload.tools.describe import columns, image_column
