@@ -155,7 +155,7 @@ def test_a_text_that_prepare_refuses_is_an_error_of_its_row(kind: str, store: St
     assert read(path, text, on_error="skip") == {0: "A", 1: "B", 3: "C"}
 
 
-@pytest.mark.parametrize(("answer", "message"), [(["a"], "got 1"), ("ab", "got the text 'ab'")])
+@pytest.mark.parametrize(("answer", "message"), [(["a"], "got 1"), ("ab", "got 'ab'")])
 def test_prepare_answers_one_text_a_text(answer: Any, message: str, store: Store) -> None:
     with pytest.raises(ConfigError, match=f"Expected 2 texts from the prepare function, {message}"):
         read(store({"caption": ["a", "b"]}), Text("bytes", prepare=lambda texts: answer))

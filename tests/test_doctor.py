@@ -116,5 +116,5 @@ def test_a_decoder_that_is_there_and_does_not_work_is_a_fault(
 
 
 def test_the_engines_decoder_on_the_cpu_is_refused_when_the_dataset_is_made(photos: str) -> None:
-    with pytest.raises(ConfigError, match="Expected a GPU for decoder='nvjpeg'"):
+    with pytest.raises(ConfigError, match="for decoder='nvjpeg', whose JPEG engine is part of a GPU"):
         LanceDataset(photos, 4, decoder="nvjpeg", device="cpu")

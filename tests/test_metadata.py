@@ -48,7 +48,8 @@ def test_columns_come_along_with_their_types(source: Path, kind: str) -> None:
             "file_name,text,score,count,good\na.jpg,one,.5,3,true\nb.jpg,two,1,,false\n"
         )
     report, table = run(source)
-    types = {name: table.schema.field(name).type for name in table.schema.names[3:]}
+    assert table.schema.names[3:5] == ["height", "width"]
+    types = {name: table.schema.field(name).type for name in table.schema.names[5:]}
     expected = {"score": pa.float64(), "count": pa.int64(), "good": pa.bool_()}
     assert types == expected | ({} if kind == "csv" else {"boxes": pa.list_(pa.list_(pa.int64()))})
     assert table["caption"].to_pylist() == ["one", "two", None]
