@@ -35,9 +35,10 @@ class Batch(dict[str, Any]):
         were.
     regions : dict of str to f64[B, 4], or f64[B, V, 4] with V > 1 views
         By column of images: x0, y0, width and height of what became the pixels, in pixels of the original image after
-        its EXIF orientation, on the CPU. Means nothing where ``valid`` is False.
+        its EXIF orientation (as it is stored with ``Image(orient=False)``), on the CPU. Means nothing where ``valid``
+        is False.
     original_sizes : dict of str to i64[B, 2]
-        Height and width of the original images, after their EXIF orientation, on the CPU.
+        Height and width of the original images, in the same way, on the CPU.
     source : i64[B] or None
         Which source of a `Mix` each row is from, by number in its order, on the CPU; None for one dataset.
     """
@@ -89,9 +90,7 @@ class Batch(dict[str, Any]):
 
     def _with(self, columns: dict[str, Any]) -> Batch:
         """The same rows with other columns; what the user has put among them may have any form."""
-        found = Batch({}, self.rows, self.valid, self.epoch, self.step, *self._about())
-        found.update(columns)
-        return found
+        return _rebuilt(Batch, columns, self.rows, self.valid, self.epoch, self.step, *self._about())
 
     def _about(self) -> tuple[Any, ...]:
         """What is known of the rows: dicts of a tensor by column, and tensors or None."""
@@ -102,9 +101,7 @@ class Batch(dict[str, Any]):
         kept = np.flatnonzero(mask)
         columns, about = self._picked(kept)
         index = torch.from_numpy(kept)
-        found = Batch({}, self.rows[index], self.valid[index], self.epoch, self.step, *about)
-        found.update(columns)
-        return found
+        return _rebuilt(Batch, columns, self.rows[index], self.valid[index], self.epoch, self.step, *about)
 
     def replace(self, bad: NDArray[np.bool_]) -> Batch:
         """The same rows; where ``bad`` (bool[B]) is True with the columns of the next row where it is not, around the
@@ -114,10 +111,8 @@ class Batch(dict[str, Any]):
             return self._with({name: _each(value, torch.zeros_like) for name, value in self.items()})
         index = np.arange(self.size)
         index[at] = good[np.searchsorted(good, at) % len(good)]
-        columns, (nulls, regions, sizes, _) = self._picked(index)
-        found = Batch({}, self.rows, self.valid, self.epoch, self.step, nulls, regions, sizes, self.source)
-        found.update(columns)
-        return found
+        columns, (*about, _) = self._picked(index)
+        return _rebuilt(Batch, columns, self.rows, self.valid, self.epoch, self.step, *about, self.source)
 
     def _picked(self, rows: NDArray[np.int64]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """The columns of these rows of the batch, in this order, and what is known of them."""
@@ -151,7 +146,7 @@ class Batch(dict[str, Any]):
 
 
 def _rebuilt(kind: type[Batch], columns: dict[str, Any], *rest: Any) -> Batch:
-    """A batch that was pickled, with whatever its user had put into it."""
+    """A batch with whatever its user had put among the columns, of any form."""
     batch = kind({}, *rest)
     batch.update(columns)
     return batch

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from gpuload.batch import Batch, pick_rows
 from gpuload.dataset import LanceDataset
 from gpuload.errors import ConfigError, DecodeError, RowError
+from gpuload.fields.boxes import Boxes
+from gpuload.fields.mask import Mask
 from gpuload.fields.numbers import to_tensor
 from gpuload.images import Encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
@@ -34,8 +36,9 @@ class Undecoded(LanceDataset):
 
     def __init__(self, uri: Any, batch_size: int, formats: tuple[str, ...], **options: Any) -> None:
         for name, transform in (options.get("transforms") or {}).items():
-            if isinstance(transform, Image):
-                raise ConfigError(f"Expected only Text in transforms, got Image for {name!r}: DALI decodes images.")
+            if isinstance(transform, (Image, Boxes, Mask)):
+                got = f"got {type(transform).__name__} for {name!r}"
+                raise ConfigError(f"Expected only Text in transforms, {got}: DALI decodes images.")
         self._formats = formats
         super().__init__(uri, batch_size, device="cpu", **options)
 

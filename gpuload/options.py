@@ -116,7 +116,7 @@ class Options:
                     "which reads by itself."
                 )
         object.__setattr__(self, "split", make_split(self.split))
-        expect_planned(self.choose_sampler(self.ranks()), split=self.split)
+        expect_planned(sampler, split=self.split)
 
     def _expect_used(self) -> None:
         """Raise `ConfigError` for a word that another leaves without effect, and for one that is no bool."""

@@ -58,22 +58,7 @@ class RandAugment:
     @staticmethod
     def space(bins: int, height: int, width: int) -> _Space:
         """The table for images of a size: operation → (magnitudes f64[bins] or None, signed)."""
-        return {
-            "Identity": (None, False),
-            "ShearX": (np.linspace(0.0, 0.3, bins), True),
-            "ShearY": (np.linspace(0.0, 0.3, bins), True),
-            "TranslateX": (np.linspace(0.0, 150.0 / 331.0 * width, bins), True),
-            "TranslateY": (np.linspace(0.0, 150.0 / 331.0 * height, bins), True),
-            "Rotate": (np.linspace(0.0, 30.0, bins), True),
-            "Brightness": (np.linspace(0.0, 0.9, bins), True),
-            "Color": (np.linspace(0.0, 0.9, bins), True),
-            "Contrast": (np.linspace(0.0, 0.9, bins), True),
-            "Sharpness": (np.linspace(0.0, 0.9, bins), True),
-            "Posterize": (8 - np.rint(np.arange(bins) / ((bins - 1) / 4)), False),
-            "Solarize": (np.linspace(1.0, 0.0, bins), False),
-            "AutoContrast": (None, False),
-            "Equalize": (None, False),
-        }
+        return _space(bins, 0.3, 150.0 / 331.0 * width, 150.0 / 331.0 * height, 30.0, 0.9, 4)
 
 
 @dataclass(frozen=True)
@@ -98,22 +83,28 @@ class TrivialAugmentWide:
     @staticmethod
     def space(bins: int, height: int, width: int) -> _Space:
         """The table: operation → (magnitudes f64[bins] or None, signed)."""
-        return {
-            "Identity": (None, False),
-            "ShearX": (np.linspace(0.0, 0.99, bins), True),
-            "ShearY": (np.linspace(0.0, 0.99, bins), True),
-            "TranslateX": (np.linspace(0.0, 32.0, bins), True),
-            "TranslateY": (np.linspace(0.0, 32.0, bins), True),
-            "Rotate": (np.linspace(0.0, 135.0, bins), True),
-            "Brightness": (np.linspace(0.0, 0.99, bins), True),
-            "Color": (np.linspace(0.0, 0.99, bins), True),
-            "Contrast": (np.linspace(0.0, 0.99, bins), True),
-            "Sharpness": (np.linspace(0.0, 0.99, bins), True),
-            "Posterize": (8 - np.rint(np.arange(bins) / ((bins - 1) / 6)), False),
-            "Solarize": (np.linspace(1.0, 0.0, bins), False),
-            "AutoContrast": (None, False),
-            "Equalize": (None, False),
-        }
+        return _space(bins, 0.99, 32.0, 32.0, 135.0, 0.99, 6)
+
+
+def _space(bins: int, shear: float, across: float, down: float, turn: float, colour: float, bits: int) -> _Space:
+    """The fourteen operations, with the largest magnitude of each kind; `bits` are what posterising takes away."""
+    strength = (np.linspace(0.0, colour, bins), True)
+    return {
+        "Identity": (None, False),
+        "ShearX": (np.linspace(0.0, shear, bins), True),
+        "ShearY": (np.linspace(0.0, shear, bins), True),
+        "TranslateX": (np.linspace(0.0, across, bins), True),
+        "TranslateY": (np.linspace(0.0, down, bins), True),
+        "Rotate": (np.linspace(0.0, turn, bins), True),
+        "Brightness": strength,
+        "Color": strength,
+        "Contrast": strength,
+        "Sharpness": strength,
+        "Posterize": (8 - np.rint(np.arange(bins) / ((bins - 1) / bits)), False),
+        "Solarize": (np.linspace(1.0, 0.0, bins), False),
+        "AutoContrast": (None, False),
+        "Equalize": (None, False),
+    }
 
 
 def operate(name: str, images: torch.Tensor, magnitudes: Floats) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from gpuload.clock import Clock
@@ -220,6 +221,15 @@ class Field(Protocol):
     def take(self, rows: Selection, draws: Draws, geometry: Mapping[str, Geometry]) -> Taken:
         """The batch's columns of `rows`, B of them; `geometry` is that of the image columns taken before."""
         ...
+
+
+def stacked(values: list[torch.Tensor | None], blank: torch.Tensor) -> Any:
+    """One tensor where all that are there have one shape, else the list; what is not there becomes zeros: of that
+    shape, or like `blank` where there are several."""
+    shapes = {tuple(value.shape) for value in values if value is not None}
+    empty = blank.new_zeros(next(iter(shapes))) if len(shapes) == 1 else blank
+    filled = [empty if value is None else value for value in values]
+    return torch.stack(filled) if len(shapes) <= 1 and filled else filled
 
 
 def is_text(kind: pa.DataType) -> bool:

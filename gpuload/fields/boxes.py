@@ -72,8 +72,6 @@ class BoxesField:
             raise ConfigError(
                 f"Expected a list<list> or list<fixed_size_list[4]> column of numbers for Boxes, got {got}."
             )
-        if known.formats:
-            raise ConfigError(f"Expected only Text in transforms, got Boxes for {field.name!r}: DALI moves the pixels.")
         keep = f"{field.name}_keep"
         if keep in known.names:
             raise ConfigError(

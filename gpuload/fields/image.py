@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gpuload.device import Streams, span
 from gpuload.errors import ConfigError
-from gpuload.fields import Column, Fails, Field, Geometry, Known, Looked, Parts, Taken, storage_type
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Looked, Parts, Taken, stacked, storage_type
 from gpuload.images import Encoded, Ragged, augment, encoded, headers, pillow, resize, sizes, views
 from gpuload.images.decode import libjpeg, room
 from gpuload.images.decode.cpu import CpuDecoder
@@ -57,8 +57,6 @@ class ImageField:
         elif not is_encoded(field.type):
             got = f"{field.name!r}: {field.type}"
             raise ConfigError(f"Expected a binary or struct<bytes, path> column for Image, got {got}.")
-        elif known.formats:
-            raise ConfigError(f"Expected only Text in transforms, got Image for {field.name!r}: DALI decodes images.")
         else:
             form = _form(transform)
         return Column(field.name, field.type, "image", form, transform, cls.make, decodes=True)
@@ -135,7 +133,7 @@ class _Work:
         self._headers, self._outputs, self._parts = table, outputs, parts
         self._lock, self._left = threading.Lock(), len(found)
         self._events: list[Any] = []
-        self._failed: set[int] = set(np.flatnonzero(table["height"] == 0).tolist())
+        self._failed = set[int]()  # of the images that were to be decoded
         self._windows, self._scales = self._plan()
         self._line = None
         pads = any(output.image.crop == "pad" for output in outputs)
@@ -178,9 +176,10 @@ class _Work:
 
     def _blank(self, output: _Output) -> None:
         """Zeros where there is no image, whatever the augmentations made of them."""
-        if self._failed:
+        missing = self._failed.union(np.flatnonzero(self._headers["height"] == 0).tolist())
+        if missing:
             count = output.image.views
-            rows = torch.tensor(sorted(self._failed))[:, None] * count + torch.arange(count)
+            rows = torch.tensor(sorted(missing))[:, None] * count + torch.arange(count)
             output.made.index_fill_(0, rows.reshape(-1).to(output.made.device, non_blocking=True), 0)
 
     def _run(self, lo: int, hi: int) -> tuple[Fails, Any]:
@@ -210,7 +209,8 @@ class _Work:
             if output.made is None or isinstance(output.made, list):
                 images = output.made or [None] * len(output.views)  # none was decoded
                 streams.keep({output.name: images})
-                values[output.name] = _stacked(images, output.image, streams.device)
+                blank = torch.zeros((output.image.channels, 1, 1), dtype=output.image.dtype, device=streams.device)
+                values[output.name] = stacked(images, blank)
         return values
 
     def _plan(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
@@ -276,14 +276,6 @@ def _common(image: Image, table: NDArray[np.void]) -> tuple[int, int, int] | Non
     if not len(tall) or (tall != tall[0]).any() or (wide != wide[0]).any():
         return None
     return image.channels, int(tall[0]), int(wide[0])
-
-
-def _stacked(images: list[torch.Tensor | None], image: Image, device: torch.device) -> Any:
-    """One tensor where all sizes agree, else the list; what could not be decoded becomes zeros."""
-    shapes = {tuple(pixels.shape) for pixels in images if pixels is not None}
-    blank = next(iter(shapes)) if len(shapes) == 1 else (image.channels, 1, 1)
-    filled = [torch.zeros(blank, dtype=image.dtype, device=device) if pixels is None else pixels for pixels in images]
-    return torch.stack(filled) if len(shapes) <= 1 and filled else filled
 
 
 def _form(image: Image) -> str:

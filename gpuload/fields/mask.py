@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuload.device import threads_here
 from gpuload.errors import ConfigError, DecodeError, expect
-from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken
+from gpuload.fields import Column, Fails, Field, Geometry, Known, Parts, Taken, stacked
 from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode import room
 from gpuload.images.encoded import is_encoded
@@ -68,8 +68,6 @@ class MaskField:
         if not is_encoded(field.type):
             got = f"{field.name!r}: {field.type}"
             raise ConfigError(f"Expected a binary or struct<bytes, path> column for Mask, got {got}.")
-        if known.formats:
-            raise ConfigError(f"Expected only Text in transforms, got Mask for {field.name!r}: DALI moves the pixels.")
         return Column(field.name, field.type, "mask", "int64[B, H, W]", transform, cls.make, follows=transform.of)
 
     @classmethod
@@ -118,7 +116,7 @@ class _Work:
         if not last:
             return fails, None
         if self._seen.size is None:
-            self._made[self._name] = _stacked(self._own)
+            self._made[self._name] = stacked(self._own, torch.zeros((1, 1), dtype=torch.int64))
         return fails, self._parts.streams.upload(self._made)
 
     def finish(self) -> dict[str, Any]:
@@ -170,9 +168,8 @@ def oriented(labels: NDArray[Any], own: int | None, orientation: int, height: in
     """
     turned = pillow.turn(labels, orientation if own is None else own)
     for found in (turned, labels) if own is None else (turned,):
-        if abs(found.shape[0] * width - found.shape[1] * height) <= _NEAR * max(
-            found.shape[0] * width, found.shape[1] * height
-        ):
+        one, other = found.shape[0] * width, found.shape[1] * height  # equal for one shape
+        if abs(one - other) <= _NEAR * max(one, other):
             return found
     got = f"{turned.shape[0]}x{turned.shape[1]}"
     raise DecodeError(f"Expected a mask of its image's shape, {height}x{width}, got {got}")
@@ -191,11 +188,3 @@ def nearest(labels: NDArray[Any], region: Any, size: Any) -> NDArray[Any]:
     if outside[0].any() or outside[1].any():
         found[outside[0]], found[:, outside[1]] = 0, 0
     return found
-
-
-def _stacked(masks: list[torch.Tensor | None]) -> Any:
-    """One tensor where all sizes agree, else the list; what could not be read becomes zeros."""
-    shapes = {tuple(mask.shape) for mask in masks if mask is not None}
-    blank = torch.zeros(next(iter(shapes)) if len(shapes) == 1 else (1, 1), dtype=torch.int64)
-    filled = [blank if mask is None else mask for mask in masks]
-    return torch.stack(filled) if len(shapes) <= 1 and filled else filled

@@ -53,7 +53,7 @@ def header_sizes(table: LanceTable, max_pixels: int, shown: bool) -> Iterator[Si
 
 
 def cache_folder() -> Path:
-    """Where sizes are kept."""
+    """Where sizes, and what an interrupted `verify` has found, are kept."""
     given = os.environ.get("GPULOAD_CACHE_DIR")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuload"
 
@@ -82,17 +82,16 @@ def _pass(table: LanceTable, max_pixels: int, shown: bool) -> Iterator[Sizes]:
         height, width = sizes(found_headers)
         return height.astype(np.int64), width.astype(np.int64)
 
-    from rich.console import Console  # with the first pass: few programs make one
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from gpuload.progress import rows_bar  # with the first pass: few programs make one
 
-    columns = (TextColumn("image sizes"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     parts = ordered_map(read, range(0, table.rows, _ROWS), threads=_THREADS, ahead=2 * _THREADS, name="sizes")
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-            task = bar.add_task("", total=table.rows)
+        with rows_bar("image sizes", table.rows, shown) as show:
+            done = 0
             for part in parts:
                 yield part
-                bar.advance(task, len(part[0]))
+                done += len(part[0])
+                show(done, done)
     finally:
         parts.close()
 

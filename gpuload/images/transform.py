@@ -129,6 +129,7 @@ class Image:
         object.__setattr__(self, "augment", tuple(self.augment))
         expect(not self.augment or self.size is not None, "Image(augment=...) beside a size", self.augment)
         expect(self.views == 1 or self.size is not None, "Image(views=...) beside a size", self.views)
+        expect(not self.fast or self.crop != "pad", 'another crop than "pad" beside Image(fast=True)', self.crop)
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None:

@@ -242,7 +242,7 @@ class BucketSampler(PlanSampler):
         return ByBucket(sizes, assigned, orders, full, short, batch_size, *self._ranks.resolve(), drop_last, start)
 
     def _key(self, name: str) -> int:
-        return stream_key(self._seed & 0xFFFFFFFFFFFFFFFF, f"gpuload.Buckets {name}")
+        return stream_key(self._seed, f"gpuload.Buckets {name}")
 
     def _within(self, count: int, size: tuple[int, int]) -> Order:
         """The order of the rows of a bucket."""

@@ -37,7 +37,7 @@ class Draws:
 
         Fewer are the first of more. The name ``""`` is the stream that crops and flips have of a column's first output.
         """
-        return uniform(stream_key(self.seed & 0xFFFFFFFFFFFFFFFF, name), self.epoch, self.rows, n)
+        return uniform(stream_key(self.seed, name), self.epoch, self.rows, n)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Named:
 
 @lru_cache(maxsize=1024)
 def stream_key(seed: int, name: str) -> int:
-    """The key of a name's stream, 64 bits; `seed` has 64, too."""
+    """The key of a name's stream: 64 bits, as many of `seed`."""
+    seed &= 0xFFFFFFFFFFFFFFFF
     if not name:
         return seed
     digest = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u4")

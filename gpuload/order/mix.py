@@ -67,7 +67,7 @@ class Mixed(Repeating):
     def _rows(self, s: int, lo: int, hi: int) -> NDArray[np.int64]:
         """The rows of a source at its turns `lo` to `hi`, counted from the first epoch on: i64[hi - lo]."""
         length, parts = int(self.lengths[s]), []
-        key = stream_key(self.seed & 0xFFFFFFFFFFFFFFFF, f"gpuload.Mix {self.names[s]}")
+        key = stream_key(self.seed, f"gpuload.Mix {self.names[s]}")
         while lo < hi:
             times, place = divmod(lo, length)
             last = min(length, place + hi - lo)

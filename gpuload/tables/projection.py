@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from gpuload.errors import ConfigError
+from gpuload.tables import reading
 
 _ROW_COLUMNS = {"_rowid": pa.uint64(), "_rowaddr": pa.uint64()}
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z_0-9]*(\.[A-Za-z_][A-Za-z_0-9]*)*")
@@ -72,9 +73,8 @@ def _field(dataset: Any, schema: pa.Schema, name: str, text: str, sql: bool) -> 
     try:
         return Field(name, dataset.scanner(columns={name: text}).projected_schema.field(name).type, (), text)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].split(", /")[0]
-        hint = near(text, schema.names)
-        raise ConfigError(f"Lance refused the expression {text!r} of column {name!r}: {reason}{hint}") from error
+        words, hint = reading.words(error), near(text, schema.names)
+        raise ConfigError(f"Lance refused the expression {text!r} of column {name!r}: {words}{hint}") from error
 
 
 def near(name: str, known: Iterable[str]) -> str:

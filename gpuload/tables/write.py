@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from gpuload import ending
 from gpuload.errors import ConfigError
+from gpuload.tables import reading
 
 _PATIENCE = 5.0  # seconds after which a further Ctrl-C gives up waiting for Lance
 _POLL = 0.05
@@ -58,7 +59,7 @@ def why(error: OSError) -> str:
     found = re.search(r"\(os error (\d+)\)", str(error))
     if found is not None:
         return os.strerror(int(found[1]))
-    return str(error).partition("\n")[0].split(", /")[0]
+    return reading.words(error)
 
 
 class _Stopped(Exception):

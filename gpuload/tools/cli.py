@@ -272,8 +272,8 @@ def bench(
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="A bar on stderr.")] = True,
 ) -> None:
     """Load a dataset as for training: its rate, where the time goes, and what would make it faster."""
+    from gpuload.progress import rows_bar
     from gpuload.tools.bench import advice, measure, prepare, table
-    from gpuload.tools.progress import rows_bar
     from gpuload.tools.trace import Trace
 
     timeline, console = Trace() if trace else None, _console()
@@ -305,9 +305,9 @@ def demo(
     from gpuload.dataset import LanceDataset
     from gpuload.fields.text import Text
     from gpuload.images.transform import Image
+    from gpuload.progress import rows_bar
     from gpuload.tools.bench import table
     from gpuload.tools.demo import demo_mark, demo_places, write_demo
-    from gpuload.tools.progress import rows_bar
     from gpuload.tools.sheet import contact_sheet
 
     target, picture = demo_places(out)

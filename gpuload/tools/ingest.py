@@ -30,10 +30,10 @@ from lance.progress import FragmentWriteProgress
 
 from gpuload import signals
 from gpuload.errors import ConfigError
+from gpuload.progress import files_bar
 from gpuload.tables.write import write_stream
 from gpuload.tools.claim import Claim, Run, forget, killed, remove_leftovers, remove_unborn
 from gpuload.tools.folder import File, Folder, Row, read_ahead, shown
-from gpuload.tools.progress import files_bar
 
 StorageVersion = Literal["2.0", "2.1", "2.2"]
 # The file format of new datasets, in this one place: Lance's own default. 2.0 reads runs of rows 1.3 times as fast, but

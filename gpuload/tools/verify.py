@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +26,8 @@ from gpuload.images import Encoded, encoded, headers, pillow
 from gpuload.images.decode.cpu import CpuDecoder
 from gpuload.images.decode.host import MAX_PIXELS
 from gpuload.images.encoded import is_encoded
+from gpuload.images.header_sizes import cache_folder
+from gpuload.progress import checked_bar
 from gpuload.stages import ordered_map
 from gpuload.tables.lance import LanceTable
 from gpuload.tools.describe import columns, image_column
@@ -143,7 +144,7 @@ def verify(
     with ExitStack() as stack:
         notes = stack.enter_context(closing(Notes(source, max_pixels, restart)))
         done.bad, done.begun_at = notes.bad, notes.row
-        advance = stack.enter_context(_bar(source.rows, done.begun_at, progress))
+        advance = stack.enter_context(checked_bar(source.rows, done.begun_at, progress))
         starts = range(done.begun_at, source.rows, _ROWS)
         found = ordered_map(look, starts, threads=threads, ahead=2 * threads, name="verify")
         stack.enter_context(closing(found))
@@ -201,7 +202,7 @@ class Notes:
     def __init__(self, source: LanceTable, max_pixels: int, restart: bool) -> None:
         what = [source.uri, source.fingerprint(), source.schema.names, max_pixels]
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-        self._path = _cache_folder() / f"{name}.jsonl"
+        self._path = cache_folder() / "verify" / f"{name}.jsonl"
         self.row, self.bad = (0, []) if restart else self._read(source.rows)
         self._file: IO[str] | None = None
         try:
@@ -240,10 +241,6 @@ class Notes:
         except (OSError, ValueError, TypeError):  # there are none, or the last line was cut
             pass
         return (row, bad) if row <= rows else (0, [])
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpuload" / "verify"
 
 
 def _bad(
@@ -285,15 +282,3 @@ def _without(source: LanceTable, rows: list[int]) -> int:
 
 def _index(rows: list[int]) -> NDArray[np.int64]:
     return np.asarray(rows, np.int64)
-
-
-@contextmanager
-def _bar(rows: int, begun: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: rows, how many are bad, time left. Yields what to call with rows done and bad ones."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    parts = (BarColumn(), MofNCompleteColumn(), TextColumn("rows  {task.fields[bad]} bad"), TimeRemainingColumn())
-    with Progress(*parts, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=rows, completed=begun, bad=0)
-        yield lambda done, bad: bar.update(task, advance=done, bad=bad)

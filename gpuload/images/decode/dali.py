@@ -104,7 +104,6 @@ class DaliDecoder(LaneDecoder):
         slot: Slot,
         arena: torch.Tensor,
         encoded: Encoded,
-        headers: NDArray[np.void],
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:

@@ -89,7 +89,6 @@ class LaneDecoder:
         slot: Slot,
         arena: torch.Tensor,
         encoded: Encoded,
-        headers: NDArray[np.void],
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:
@@ -113,7 +112,7 @@ class LaneDecoder:
             table[mine], rest[mine] = rows, False
         arena = slot.arena(self._room(table, claimed))
         if claimed:
-            failed = self._run(lane, slot, arena, encoded, headers, table, claimed)
+            failed = self._run(lane, slot, arena, encoded, table, claimed)
             table[failed] = 0
             rest[failed] = True
         self._on_host(slot, arena, encoded, headers, np.flatnonzero(rest), windows, table, errors)

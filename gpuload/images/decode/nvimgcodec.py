@@ -179,7 +179,6 @@ class NvImageCodecDecoder(LaneDecoder):
         slot: Slot,
         arena: torch.Tensor,
         encoded: Encoded,
-        headers: NDArray[np.void],
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:

@@ -204,7 +204,6 @@ class NvJpegDecoder(LaneDecoder):
         slot: Slot,
         arena: torch.Tensor,
         encoded: Encoded,
-        headers: NDArray[np.void],
         table: NDArray[np.void],
         claimed: dict[int, Any],
     ) -> list[int]:

@@ -43,6 +43,15 @@ def rows_bar(what: str, total: float, shown: bool) -> Iterator[Callable[[float, 
 
 
 @contextmanager
+def checked_bar(rows: int, begun: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Rows, how many are bad, time left. Yields what to call with rows that were done, and bad ones so far."""
+    bad = TextColumn("rows  {task.fields[rate]}")
+    with _bar(rows, shown, BarColumn(), MofNCompleteColumn(), bad, TimeRemainingColumn()) as bar:
+        bar.update(bar.tasks[0].id, completed=begun, rate="0 bad")
+        yield lambda done, bad: bar.update(bar.tasks[0].id, advance=done, rate=f"{bad} bad")
+
+
+@contextmanager
 def _bar(total: float, shown: bool, *columns: ProgressColumn) -> Iterator[Progress]:
     """One bar with one task; a run that fails or is interrupted leaves none behind."""
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
