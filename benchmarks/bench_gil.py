@@ -26,6 +26,7 @@ from typing import Any
 
 import data
 import harness
+import reports
 
 CASES = ("image", "image, shuffle=row", "image and caption")
 SAMPLES = 500  # a second
@@ -193,7 +194,7 @@ def main() -> None:
         }
         print(case, json.dumps(found[case], indent=1))
     report = {"benchmark": "gil", "machine": harness.machine(), "settings": {"rate": settings.rate}, "cases": found}
-    Path(settings.out or harness.RESULTS / "gil.json").write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(Path(settings.out or harness.RESULTS / "gil.json"), report)
 
 
 if __name__ == "__main__":

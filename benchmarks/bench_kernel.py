@@ -9,7 +9,6 @@ is the median of interleaved rounds, as is the copy's. ``--device cpu`` runs the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import reports
 import torch
 
 from gpuload import Image, Ragged, kernels
@@ -152,7 +152,7 @@ def main() -> None:
     for size, count in zip(settings.megapixels.split(","), settings.counts.split(","), strict=True):
         found = measure(Batch(float(size), int(count), device), settings)
         report["groups"][f"{size} MP, batch {count}"] = found
-        Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")  # what is there survives a time limit
+        reports.write(Path(settings.out), report)  # what is there survives a time limit
         for name, figures in found.items():
             rate = f"{figures['gb_s']:8,.1f} GB/s {figures['of_copy']:6.3f}"
             print(f"{size:>4} MP  {name:36} {figures['us']:10,.1f} us {rate}")

@@ -5,7 +5,6 @@ and a step costs the same anywhere in the epoch. Nothing is read; the largest ar
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import tracemalloc
@@ -14,6 +13,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import reports
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -88,7 +88,7 @@ def main() -> None:
         "cases": found,
     }
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(Path(settings.out), report)
 
 
 if __name__ == "__main__":

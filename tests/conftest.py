@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pytest
 import torch
 from making import captions, encode, picture
+from standin import SOURCE, StandIn
 
 from gpuload import kernels
 
@@ -119,3 +121,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return target
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def standin(build: Callable[..., Path]) -> StandIn:
+    """The stand-in for libnvjpeg, compiled."""
+    return StandIn(build(SOURCE, "-O1"))
+
+
+@pytest.fixture
+def card(standin: StandIn) -> Iterator[StandIn]:
+    """A card with seven engines. Whatever a test does to it, the library's rules are kept, and nothing stays."""
+    standin.library.standin_reset()
+    yield standin
+    assert not standin.broken()
+    gc.collect()
+    assert standin.count("alive") == 0

@@ -82,6 +82,17 @@ def without_codes(file: bytes, dropped: set[int]) -> bytes:
     return kept + file[at:]
 
 
+def without(file: bytes, marker: int) -> bytes:
+    """A JPEG file without the segments of one kind before its scan."""
+    kept, at = file[:2], 2
+    while True:
+        end = at + 2 + (file[at + 2] << 8 | file[at + 3])
+        if file[at + 1] == 0xDA:
+            return kept + file[at:]
+        kept += b"" if file[at + 1] == marker else file[at:end]
+        at = end
+
+
 def by_pillow(data: bytes, mode: str = "RGB", orient: bool = True) -> NDArray[np.uint8]:
     """u8[C, H, W]: what Pillow makes of a file."""
     with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FOR_A_GPU
-from standin import SOURCE, StandIn, Stream
+from standin import StandIn, Stream
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 ONE = ["--rounds", "1", "--passes", "1", "--seconds", "1"]
@@ -114,20 +113,6 @@ class HostCard:
 
     def stream(self, device: torch.device) -> Stream:
         return Stream(self.library)
-
-
-@pytest.fixture(scope="module")
-def compiled(build: Callable[..., Path]) -> StandIn:
-    return StandIn(build(SOURCE, "-O1"))
-
-
-@pytest.fixture
-def card(compiled: StandIn) -> Iterator[StandIn]:
-    compiled.library.standin_reset()
-    yield compiled
-    gc.collect()
-    assert not compiled.broken()
-    assert compiled.count("alive") == 0
 
 
 def test_the_limit_is_the_engine_called_directly(settings: SimpleNamespace, card: StandIn) -> None:

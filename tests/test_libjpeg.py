@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import by_pillow, encode, jpeg, judged, picture, without_codes
+from making import by_pillow, encode, jpeg, judged, picture, without, without_codes
 
 from gpuload import HEADER, Image, LanceDataset, Ragged
 from gpuload.images import VIEW, sizes, views
@@ -219,17 +219,6 @@ def test_a_library_that_our_reader_does_not_fit_decodes_by_itself(monkeypatch: p
         assert (part["status"], part["theirs"]) == (0, 1)
     finally:
         libjpeg.own_coefficients.cache_clear()
-
-
-def without(file: bytes, marker: int) -> bytes:
-    """The file without the segments of one kind."""
-    kept, at = file[:2], 2
-    while True:
-        end = at + 2 + (file[at + 2] << 8 | file[at + 3])
-        if file[at + 1] == 0xDA:
-            return kept + file[at:]
-        kept += b"" if file[at + 1] == marker else file[at:end]
-        at = end
 
 
 def pillows(file: bytes) -> Any:

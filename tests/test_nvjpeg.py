@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from making import by_pillow, by_row, encode, jpeg, judged, picture
-from standin import CPU, SOURCE, StandIn
+from making import by_pillow, by_row, encode, jpeg, judged, picture, without
+from standin import CPU, StandIn
 from test_images import FILES
 
 from gpuload import Image, LanceDataset
@@ -31,21 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::gpuload.BadRowWarning")  # met 
 Store = Callable[..., str]
 HOST = "simplejpeg" if libjpeg.library() is None else "libjpeg-turbo"
 ENGINE = ["gray", "4:4:4", "4:2:2", "4:2:0", "4:4:0"]  # what it takes
-
-
-@pytest.fixture(scope="session")
-def compiled(build: Callable[..., Path]) -> StandIn:
-    return StandIn(build(SOURCE, "-O1"))
-
-
-@pytest.fixture
-def card(compiled: StandIn) -> Iterator[StandIn]:
-    """A card with seven engines. Whatever a test does to it, the library's rules are kept, and nothing stays."""
-    compiled.library.standin_reset()
-    yield compiled
-    assert not compiled.broken()
-    gc.collect()
-    assert compiled.count("alive") == 0
 
 
 def photo(sampling: str, height: int = 40, width: int = 50, seed: int = 0) -> bytes:
@@ -158,17 +142,6 @@ def test_an_empty_batch_and_one_of_nulls_call_nothing(card: StandIn) -> None:
 
 
 # -- what the engine does not take -------------------------------------------------------------------------------------
-
-
-def without(file: bytes, marker: int) -> bytes:
-    """The file without the segments of one kind."""
-    kept, at = file[:2], 2
-    while True:
-        end = at + 2 + (file[at + 2] << 8 | file[at + 3])
-        if file[at + 1] == 0xDA:
-            return kept + file[at:]
-        kept += b"" if file[at + 1] == marker else file[at:end]
-        at = end
 
 
 NOT_THE_ENGINES: dict[str, Callable[[], bytes]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from making import by_pillow, encode, picture
 
-from gpuload import Boxes, Image, LanceDataset, Mask
+from gpuload import Boxes, ConfigError, Image, LanceDataset, Mask
 
 GRAY = 114
 SIZES = [(60, 90), (90, 60), (50, 50), (7, 200), (61, 90), (200, 3)]
@@ -87,3 +87,8 @@ def test_a_broken_picture_is_zeros(tmp_path: Path) -> None:
         )
     assert not batch["image"][1].any()
     assert torch.equal(batch["image"][0], batch["image"][2])
+
+
+def test_a_letterbox_cannot_be_fast() -> None:
+    with pytest.raises(ConfigError, match='another crop than "pad" beside Image\\(fast=True\\)'):
+        Image(32, crop="pad", fast=True)
